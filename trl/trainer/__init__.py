@@ -1,0 +1,27 @@
+"""Trainers and their configs, imported when first used."""
+
+from .._lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "trl.trainer.callbacks": [
+            "BEMACallback",
+            "LogCompletionsCallback",
+            "RichProgressCallback",
+            "SyncRefModelCallback",
+            "WeaveCallback",
+        ],
+        "trl.trainer.model_config": ["ModelConfig"],
+        "trl.trainer.sft_config": ["SFTConfig"],
+        "trl.trainer.sft_trainer": ["SFTTrainer"],
+        "trl.trainer.utils": [
+            "add_fused_lm_head",
+            "disable_dropout_in_model",
+            "ensure_master_addr_port",
+            "get_peft_config",
+            "get_quantization_config",
+            "patch_chunked_lm_head",
+        ],
+    },
+)
