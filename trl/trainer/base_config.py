@@ -1,0 +1,151 @@
+"""
+The config every method shares: `transformers.TrainingArguments` with the defaults that post-training wants.
+
+A field is documented once, in its `help`. The command line, the YAML reader and the documentation all read it there.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_neuroncore_available,
+    is_torch_npu_available,
+    is_torch_xla_available,
+    is_torch_xpu_available,
+    logging,
+)
+
+logger = logging.get_logger(__name__)
+
+# What these accept besides JSON is a path, which TrainingArguments resolves.
+_PATH_OR_JSON_FIELDS = {"accelerator_config", "fsdp_config", "deepspeed"}
+
+
+def parse_json_dict(name: str, value: Any) -> Any:
+    """Decode a dictionary given as JSON text (a command line has no other way); other values pass unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        decoded = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`{name}` takes a dictionary, or a JSON object as text. Found {value!r}, which is not JSON: {error}. "
+            f"""On a command line: --{name} '{{"key": "value"}}' (double quotes inside, single quotes outside)."""
+        ) from error
+    if not isinstance(decoded, dict):
+        raise ValueError(f'`{name}` takes a JSON object such as {{"key": 1}}, found {type(decoded).__name__}: {value}')
+    return decoded
+
+
+def resolve_pad_to_multiple_of(value: int | str | None) -> int | None:
+    """`"auto"` is 128 on Neuron devices, whose compiler wants few shapes, and no rounding elsewhere."""
+    if value is None or isinstance(value, int):
+        return value
+    text = value.strip().lower()
+    if text in ("none", "null"):
+        return None
+    if text == "auto":
+        return 128 if is_torch_neuroncore_available() else None
+    if text.isdigit():
+        return int(text)
+    raise ValueError(f"`pad_to_multiple_of` takes a whole number, 'auto' or 'none'. Found {value!r}.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value outside `choices`, naming the nearest one."""
+    if value in choices:
+        return
+    near = get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`{name}` is one of {', '.join(map(repr, choices))}. Found {value!r}.{hint}")
+
+
+def _bf16_runs_here(use_cpu: bool) -> bool:
+    return (
+        use_cpu
+        or is_torch_bf16_gpu_available()
+        or is_torch_xla_available()
+        or is_torch_npu_available()
+        or is_torch_xpu_available()
+    )
+
+
+@dataclass
+class _BaseConfig(TrainingArguments):
+    """Training arguments shared by all trainers. Not for direct use: each method has its own config."""
+
+    # Fields whose value may be a JSON object given as text; a subclass adds its own.
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+    ]
+
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X update steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "it is a share of the total training steps."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=True,
+        metadata={
+            "help": "Recompute activations in the backward pass instead of keeping them: less memory, about a third "
+            "more compute."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train in bfloat16 mixed precision. By default on, unless `fp16` is set or the hardware at hand "
+            "has no bfloat16."
+        },
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Extra arguments of the learning rate scheduler, as a dictionary or JSON text."},
+    )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={"help": "Patch the model with Liger kernels. Deprecated where the trainer has a fused head itself."},
+    )
+    torch_empty_cache_steps: int | None = field(
+        default=None,
+        metadata={"help": "Empty the device's memory cache every X steps. By default never."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _bf16_runs_here(self.use_cpu)
+            if not (self.bf16 or self.fp16):
+                logger.info("No bfloat16 on this machine: training in float32. Set `bf16` or `fp16` to choose.")
+        for name in self._VALID_DICT_FIELDS:
+            if name not in _PATH_OR_JSON_FIELDS:
+                setattr(self, name, parse_json_dict(name, getattr(self, name)))
+        super().__post_init__()
+        self._check_liger()
+
+    def _check_liger(self) -> None:
+        """Our fused head replaces Liger's fused cross-entropy; both at once would patch the same forward twice."""
+        if not self.use_liger_kernel:
+            return
+        warnings.warn(
+            "`use_liger_kernel` is deprecated: the trainer projects to the vocabulary in chunks by itself. Liger's "
+            "other kernels are applied; its fused linear cross-entropy is switched off.",
+            FutureWarning,
+            stacklevel=3,
+        )
+        kernels = dict(self.liger_kernel_config or {})
+        if kernels.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "`liger_kernel_config` asks for `fused_linear_cross_entropy=True`, but this trainer computes the loss "
+                "with its own fused head. Remove the key, or set it to False."
+            )
+        self.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
