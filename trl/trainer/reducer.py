@@ -37,7 +37,7 @@ class Reducer:
         # float64 counts tokens exactly up to 2^53; MPS has no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         with torch.no_grad():
-            return torch.stack([torch.as_tensor(x, device=device).detach().to(dtype) for x in (total, count)])
+            return torch.stack([torch.as_tensor(x, device=device, dtype=dtype).detach() for x in (total, count)])
 
     def add(self, mode: str, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
         """Add a sum over `count` items to the mean called `name`."""
