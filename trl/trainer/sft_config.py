@@ -142,6 +142,8 @@ class SFTConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        if self.loss_type is None:  # the default of earlier versions
+            self.loss_type = "nll"
         if self.loss_type == "chunked_nll":
             _warn_deprecated("`loss_type='chunked_nll'` is an old name of `'nll'`, which is computed in chunks.")
             self.loss_type = "nll"
