@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-DatasetType = TypeVar("DatasetType", Dataset, DatasetDict)
+from .formats import DatasetType
 
 SEQ_LENGTHS = "seq_lengths"
 

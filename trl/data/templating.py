@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from .formats import (
     DatasetColumnError,
     DatasetFormatError,
+    DatasetType,
+    IterableDatasetType,
     get_dataset_column_names,
     is_conversational,
 )
@@ -24,9 +26,6 @@ from .packing import get_dataset_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-DatasetType = TypeVar("DatasetType", Dataset, DatasetDict)
-IterableDatasetType = TypeVar("IterableDatasetType", IterableDataset, IterableDatasetDict)
 
 TEMPLATED_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "label")
 TEMPLATED_COMBINATIONS = (
@@ -192,6 +191,33 @@ def maybe_apply_chat_template(
     return apply_chat_template(example, processing_class, tools, **template_kwargs)
 
 
+def tokenize(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, value: str | list[dict[str, Any]], **kwargs: Any
+) -> dict[str, list]:
+    """
+    Tokenize one text, or one conversation through the chat template.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer or processor.
+        value (`str` or `list[dict[str, Any]]`):
+            Text, or messages.
+        **kwargs (`Any`):
+            Arguments of the tokenizer's call, or of its `apply_chat_template`, e.g. `tools`.
+
+    Returns:
+        `dict[str, list]`: `input_ids` and what else the tokenizer gives, without a batch dimension.
+    """
+    if isinstance(value, str):
+        encoded = dict(processing_class(text=value, **kwargs))
+    else:
+        messages = drop_none_fields(value)
+        encoded = dict(processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs))
+    if hasattr(processing_class, "tokenizer"):  # a processor answers with a batch even for one example
+        encoded = {key: item[0] if isinstance(item, list) else item for key, item in encoded.items()}
+    return encoded
+
+
 CHATML_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 
 
@@ -344,7 +370,7 @@ def unpair_preference_dataset(
     if original_format.get("columns"):
         replaced = {"chosen": "completion", "rejected": "label"}
         original_format["columns"] = [replaced.get(column, column) for column in original_format["columns"]]
-    if dataset.features is not None:
+    if dataset.features is not None and dataset.features["chosen"] == dataset.features["rejected"]:
         features = {name: kind for name, kind in dataset.features.items() if name not in ("chosen", "rejected")}
         features |= {"completion": dataset.features["chosen"], "label": Value("bool")}
         map_kwargs.setdefault("features", Features(features))
