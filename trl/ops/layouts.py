@@ -1,0 +1,285 @@
+"""
+Layouts of a batch: padded rows, or documents packed end to end in one row. The same numbers, less work.
+
+What makes a packed row right is that no document sees another. How a model is told so depends on its attention:
+sdpa and eager get the explicit mask, in the form that the installed Transformers takes (one mask, or one for each type
+of layer), flash attention gets the cumulative lengths, and flex attention builds its block mask from `position_ids`
+that restart at 0. None of it depends on training or evaluation mode. Models that carry a state along the row
+(recurrent, convolutional) cannot be told, and are refused.
+
+Shapes: B rows, T tokens, S tokens of a packed row.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+IGNORE_INDEX = -100
+# What a collator adds for flash attention; made anew here, so that padding at the end is one document.
+_VARLEN_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Types of layers (`config.layer_types`) whose attention is a mask and nothing else.
+_MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_TEXT_KEYS = {"input_ids", "attention_mask", "labels", "shift_labels"}
+
+
+class PackingNotSupportedError(ValueError):
+    """A model that cannot keep packed documents apart; the message says why."""
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is one row of documents: `position_ids` and no attention mask."""
+    position_ids = batch.get("position_ids")
+    return (
+        position_ids is not None
+        and batch.get("attention_mask") is None
+        and position_ids.dim() == 2
+        and position_ids.shape[0] == 1
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Can this model do it
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """The reason why a model cannot keep packed documents apart, or `None` if it can."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    others = sorted(layer_types - _MASKED_LAYERS)
+    if getattr(model, "_is_stateful", False) or others:
+        what = f" (layers of type {', '.join(others)})" if others else ""
+        return f"{name} carries a state along the row{what}, through which one packed document would reach the next"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"{name} takes no position_ids, so that a packed document cannot start at position 0"
+    return None
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        PackingNotSupportedError: with the reason, if the model cannot keep packed documents apart.
+    """
+    reason = why_not_packed(model)
+    if reason is not None:
+        raise PackingNotSupportedError(f"{reason}. Use padded batches: packing=False and padding_free=False.")
+
+
+def choose_layout(model: PreTrainedModel, batch: Mapping[str, Any], layout: str) -> str:
+    """
+    `"padded"` or `"packed"` for a padded batch.
+
+    `"auto"` packs where that saves at least a tenth of the estimated work: a token costs 24 D² operations in the
+    linear maps of a layer, and each pair of tokens that attention computes, masked or not, 4 D.
+
+    Args:
+        model: the bare causal language model.
+        batch: a padded batch.
+        layout: `"auto"`, `"padded"` or `"packed"`.
+
+    Raises:
+        ValueError: if the layout is unknown, or asked for and not possible for this model or batch.
+    """
+    if layout not in ("auto", "padded", "packed"):
+        raise ValueError(f'layout must be "auto", "padded" or "packed", got {layout!r}.')
+    if layout == "padded":
+        return "padded"
+    reason = why_not_packed(model) or _why_not_repacked(batch)
+    if layout == "packed":
+        if reason is not None:
+            raise PackingNotSupportedError(f"{reason}. Use layout='padded'.")
+        return "packed"
+    if reason is not None or not _is_right_padded(batch["attention_mask"]):
+        return "padded"
+
+    lengths = batch["attention_mask"].sum(dim=1).double()
+    rows, width = batch["attention_mask"].shape
+    hidden_size = model.config.get_text_config().hidden_size
+    packed_tokens = lengths.sum().item()
+    dense = model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+    packed_pairs = packed_tokens**2 if dense else lengths.square().sum().item()
+    padded_work = rows * width * 6 * hidden_size + rows * width**2
+    packed_work = packed_tokens * 6 * hidden_size + packed_pairs
+    return "packed" if packed_work < 0.9 * padded_work else "padded"
+
+
+def _why_not_repacked(batch: Mapping[str, Any]) -> str | None:
+    """Why a padded batch cannot be laid out anew without changing its numbers."""
+    others = sorted(name for name in batch if name not in _TEXT_KEYS)
+    if others:
+        return f"The batch has inputs whose place in a packed row is unknown ({', '.join(others)})"
+    attention_mask = batch.get("attention_mask")
+    if attention_mask is None or attention_mask.dim() != 2 or "input_ids" not in batch:
+        return "The batch has no attention mask of [batch, length] that says where the tokens are"
+    runs = torch.diff(
+        attention_mask.bool().int(), dim=1, prepend=attention_mask.new_zeros(len(attention_mask), 1).int()
+    )
+    if ((runs == 1).sum(dim=1) != 1).any():
+        return "A row has padding between its tokens, or no token at all"
+    if "labels" in batch and ((batch["labels"] != IGNORE_INDEX) & ~attention_mask.bool()).any():
+        return "A padding token has a label"
+    if "shift_labels" in batch and ((batch["shift_labels"] != IGNORE_INDEX) & ~attention_mask.bool()).any():
+        return "A padding token has a label"
+    return None
+
+
+def _is_right_padded(attention_mask: Tensor) -> bool:
+    return bool(attention_mask[:, 0].bool().all())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padded rows to one packed row, and back
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Where each token of a padded batch lies in the packed row: `index_BT`, meaningful where `mask_BT` is True."""
+
+    mask_BT: Tensor
+    index_BT: Tensor
+    shifted: bool
+
+
+def pack_padded(batch: Mapping[str, Any]) -> tuple[dict[str, Any], PackingPlan]:
+    """
+    Lay the rows of a padded batch end to end, without the padding.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, and `labels` or `shift_labels`, [B, T].
+
+    Returns:
+        The packed batch, [1, S], with `position_ids` that restart at 0, and the plan for `unpack_scores`.
+    """
+    mask_BT = batch["attention_mask"].bool()
+    first_BT = mask_BT & (mask_BT.cumsum(dim=1) == 1)
+    packed = {
+        "input_ids": batch["input_ids"][mask_BT].unsqueeze(0),
+        "position_ids": (mask_BT.cumsum(dim=1) - 1)[mask_BT].unsqueeze(0),
+    }
+    shifted = "shift_labels" in batch
+    if shifted:
+        packed["shift_labels"] = batch["shift_labels"][mask_BT].unsqueeze(0)
+    else:
+        labels_BT = batch["labels"].masked_fill(first_BT, IGNORE_INDEX)
+        packed["labels"] = labels_BT[mask_BT].unsqueeze(0)
+    index_BT = (mask_BT.flatten().cumsum(dim=0) - 1).view_as(mask_BT)
+    return packed, PackingPlan(mask_BT, index_BT, shifted)
+
+
+def unpack_scores(scores: Any, plan: PackingPlan) -> Any:
+    """Put the per-token values of a packed row ([1, S - 1], or [1, S] for shifted labels) back into padded rows."""
+    if plan.shifted:
+        index, mask = plan.index_BT, plan.mask_BT
+    else:
+        # The value of a token is that of the position before it; a row's first token has none.
+        mask = plan.mask_BT[:, 1:] & plan.mask_BT[:, :-1]
+        index = plan.index_BT[:, 1:] - 1
+    for name, value in scores.items():
+        if value.dim() == 2:
+            here = mask.to(value.device)
+            row = value[0][index.to(value.device).clamp(min=0)]
+            scores[name] = torch.where(here, row, torch.zeros_like(row))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keeping documents apart
+
+
+def prepare_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """
+    Make a packed row safe for the model's attention.
+
+    Padding at the end of the row (a run of zeros in `position_ids`, as `pad_to_multiple_of` leaves it) becomes one
+    document, and the first token of a document loses its label, which another document would predict.
+
+    Args:
+        model: the bare causal language model.
+        batch: `input_ids`, `position_ids` that restart at 0, and `labels` or `shift_labels`, [1, S].
+
+    Returns:
+        The model's inputs, and the mask of the tokens that are not padding, [1, S].
+
+    Raises:
+        PackingNotSupportedError: if the model cannot keep documents apart.
+    """
+    check_packable(model)
+    inputs = {name: value for name, value in batch.items() if name not in _VARLEN_KEYS}
+    position_ids, token_mask = _merge_trailing_padding(inputs["position_ids"])
+    inputs["position_ids"] = position_ids
+    starts = position_ids == 0
+    if "labels" in inputs:
+        inputs["labels"] = inputs["labels"].masked_fill(starts, IGNORE_INDEX)
+    if "shift_labels" in inputs:
+        ends = starts.roll(-1, dims=1)
+        inputs["shift_labels"] = inputs["shift_labels"].masked_fill(ends, IGNORE_INDEX)
+
+    implementation = model.config.get_text_config()._attn_implementation
+    if "flash" in implementation:
+        inputs.update(_varlen_arguments(position_ids))
+    elif implementation in ("sdpa", "eager"):
+        mask = _explicit_mask(model, position_ids)
+        if mask is not None:
+            inputs["attention_mask"] = mask
+    return inputs, token_mask
+
+
+def _merge_trailing_padding(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Number a trailing run of zeros 0, 1, 2, …; also the mask of the tokens before it."""
+    nonzero = position_ids[0].nonzero()
+    length = position_ids.shape[1]
+    # The run begins after the last token at a position above 0; a single 0 there is a document of its own.
+    start = int(nonzero[-1]) + 1 if len(nonzero) else 0
+    token_mask = torch.ones_like(position_ids)
+    if length - start > 1 and start > 0:
+        position_ids = position_ids.clone()
+        position_ids[0, start:] = torch.arange(length - start, device=position_ids.device)
+        token_mask[0, start:] = 0
+    return position_ids, token_mask
+
+
+def _varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
+    starts = (position_ids[0] == 0).nonzero().squeeze(1)
+    bounds = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _explicit_mask(model: PreTrainedModel, position_ids: Tensor) -> Tensor | dict[str, Tensor] | None:
+    """
+    The mask of each type of layer, as the installed Transformers makes it from `position_ids` alone.
+
+    `None` for a model that makes its own from `position_ids`: one with several types of layers that takes no mapping
+    of masks, or one whose text model is inside a larger one.
+    """
+    config = model.config
+    if config.get_text_config() is not config:
+        return None
+    if not (position_ids[0, 1:] == 0).any():
+        return None  # a single document: plain causal attention
+    stub = torch.empty((*position_ids.shape, 1), dtype=model.dtype, device=position_ids.device)
+    mask = create_masks_for_generate(
+        config=config, inputs_embeds=stub, attention_mask=None, past_key_values=None, position_ids=position_ids
+    )
+    if isinstance(mask, dict) and not _takes_mask_mapping(model.base_model):
+        return None
+    return mask
+
+
+def _takes_mask_mapping(backbone: nn.Module) -> bool:
+    """Whether the backbone's forward accepts a mapping of masks; Transformers has no flag for it."""
+    source = inspect.getsource(sys.modules[type(backbone).__module__])
+    return "attention_mask, dict)" in source

@@ -1,0 +1,502 @@
+"""
+The one door to a causal language model: which log-probability does it give the tokens of a batch?
+
+`score_tokens` runs the backbone once and projects only the positions that are scored, chunk by chunk (`trl.ops.head`);
+no tensor of [batch, length, vocabulary] ever exists. What a model does to its logits (scale, soft-capping) is read
+from its config; a model whose forward is not "backbone, then head" is asked for its logits and pays for them.
+
+The call goes through the model's own `__call__`, and that of its head, so that whatever wraps them (PEFT, DDP, FSDP,
+DeepSpeed, accelerate's hooks) does its part.
+
+Shapes: B rows, T tokens, D hidden size, V vocabulary, N scored tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .head import (
+    OPTIONAL_OUTPUTS,
+    LogitTransform,
+    accumulation_dtype,
+    default_chunk_size,
+    maybe_gather_lm_head_ctx,
+    token_objective,
+    token_statistics,
+)
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """
+    What a call of the model with `scoring=` is to compute; made by `score_tokens`.
+
+    Args:
+        temperature: divides the logits, after the model's own scale and soft-capping.
+        outputs: any of `entropy`, `log_sum_sq_probs`, `mean_logits`, `is_top1`.
+        objective: from log-probabilities to losses and their derivatives (`trl.losses.language_modeling`); with it,
+            gradients are made in the forward pass and only `loss_sum` carries one.
+        chunk_size: tokens projected at a time; `None` picks a size for the vocabulary.
+        aux_mask: 1 for the tokens that count in the router loss of a mixture of experts, [B, T]; default: the
+            attention mask.
+        head_in_fp32: project in float32, autocast or not.
+    """
+
+    temperature: float = 1.0
+    outputs: tuple[str, ...] = ()
+    objective: Objective | None = None
+    chunk_size: int | None = None
+    aux_mask: Tensor | None = None
+    head_in_fp32: bool = False
+
+    def __post_init__(self):
+        unknown = set(self.outputs) - set(OPTIONAL_OUTPUTS)
+        if unknown:
+            raise ValueError(f"Unknown outputs {sorted(unknown)}; choose from {', '.join(OPTIONAL_OUTPUTS)}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if self.objective is not None and not callable(self.objective):
+            raise TypeError(
+                f"objective must be a function of the log-probabilities, got {self.objective!r}; "
+                "the known ones are in trl.losses.language_modeling.LANGUAGE_MODELING_LOSSES."
+            )
+
+
+@dataclass
+class TokenScores(ModelOutput):
+    """
+    Scores of the tokens of a batch. A position that is not scored has 0 in every field.
+
+    Position t belongs to token t + 1, so that a batch of [B, T] gives [B, T - 1] (with `shift_labels`: [B, T]).
+
+    Args:
+        loss_sum: sum of the objective over the scored tokens, scalar; differentiable. `None` without an objective.
+        logps: log-probabilities of the labels, in nats; differentiable unless there is an objective.
+        entropies: entropy of the prediction, in nats; differentiable unless there is an objective.
+        log_sum_sq_probs: log of the sum of squared probabilities.
+        mean_logits: mean of the logits over the vocabulary, after temperature.
+        is_top1: whether the label is the most probable token.
+        mask: whether the position is scored.
+        aux_loss: load-balancing loss of a mixture of experts, scalar, if the model's config asks for it.
+    """
+
+    loss_sum: Tensor | None = None
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def score_tokens(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    outputs: tuple[str, ...] = (),
+    objective: Objective | None = None,
+    layout: str = "auto",
+    chunk_size: int | None = None,
+) -> TokenScores:
+    """
+    Score the labelled tokens of a batch.
+
+    Args:
+        model: causal language model, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed, `torch.compile`).
+        batch: inputs of the model with `labels` ([B, T], -100 where a token is not scored) or `shift_labels` (already
+            moved by one), and `attention_mask` for padded rows, or `position_ids` that restart at 0 with every
+            document for rows packed end to end.
+        temperature: divides the logits.
+        with_entropy: compute entropies; the same as `"entropy"` among the outputs.
+        outputs: further statistics: `entropy`, `log_sum_sq_probs`, `mean_logits`, `is_top1`.
+        objective: from log-probabilities to losses and derivatives; see `TokenScores.loss_sum`.
+        layout: how to lay out a padded batch for the model: `"padded"` as it is, `"packed"` as one row without
+            padding, `"auto"` whichever is cheaper for a model that can do both. The numbers are the same.
+        chunk_size: tokens projected at a time; `None` picks a size for the vocabulary.
+
+    Returns:
+        The scores, in the shape of the batch.
+
+    Raises:
+        ValueError: if the batch has no labels, or the model cannot take the layout.
+    """
+    from .layouts import choose_layout, is_packed, pack_padded, prepare_packed, unpack_scores
+
+    causal_lm = install_scoring(model)
+    if with_entropy and "entropy" not in outputs:
+        outputs = (*outputs, "entropy")
+    inputs = {name: value for name, value in batch.items() if value is not None}
+    if "labels" not in inputs and "shift_labels" not in inputs:
+        raise ValueError("score_tokens needs `labels` or `shift_labels` in the batch, to know which tokens to score.")
+    request = ScoreRequest(temperature, tuple(outputs), objective, chunk_size)
+
+    plan = None
+    if is_packed(inputs):
+        inputs, aux_mask = prepare_packed(causal_lm, inputs)
+        request = replace(request, aux_mask=aux_mask)
+    elif choose_layout(causal_lm, inputs, layout) == "packed":
+        inputs, plan = pack_padded(inputs)
+        inputs, aux_mask = prepare_packed(causal_lm, inputs)
+        request = replace(request, aux_mask=aux_mask)
+
+    length = (inputs.get("shift_labels") if "shift_labels" in inputs else inputs["labels"][:, 1:]).shape[1]
+    scores = model(**inputs, use_cache=False, scoring=request)
+    scores = _drop_virtual_tokens(scores, length)
+    return scores if plan is None else unpack_scores(scores, plan)
+
+
+def _drop_virtual_tokens(scores: TokenScores, length: int) -> TokenScores:
+    """Prompt tuning puts learned tokens before the row; they are not scored, and not part of the answer."""
+    if scores.mask.shape[1] != length:
+        for name, value in scores.items():
+            if value.dim() == 2:
+                scores[name] = value[:, -length:]
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reaching the model
+
+
+def find_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model with an LM head, inside whatever wraps it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} holds no Transformers model with a language-modeling head "
+        "(`get_output_embeddings()` is None), so it cannot score tokens. Load it with AutoModelForCausalLM, for example."
+    )
+
+
+def install_scoring(model: nn.Module) -> PreTrainedModel:
+    """
+    Let the causal language model inside `model` answer calls with `scoring=ScoreRequest(...)`.
+
+    Every other call is the model's own. Installing twice does nothing. Install before `Accelerator.prepare`, which
+    puts its autocast around the forward method that it finds.
+
+    Args:
+        model: causal language model, bare or wrapped.
+
+    Returns:
+        The bare causal language model.
+    """
+    causal_lm = find_causal_lm(model)
+    if "_plain_forward" not in causal_lm.__dict__:
+        if causal_lm.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(causal_lm).__name__} is an encoder-decoder; scoring is made for decoder-only language models."
+            )
+        redirect_forward(causal_lm, "_plain_forward", _model_forward)
+    return causal_lm
+
+
+def redirect_forward(module: nn.Module, name: str, function: Callable) -> None:
+    """
+    Make `function(module, *args, **kwargs)` the module's forward and keep the present one as attribute `name`.
+
+    Bound to the instance, so that a deep copy is redirected to itself. The signature stays visible for those who
+    inspect it (Trainer, generate), without `__wrapped__`, which accelerate would follow back past us.
+    """
+    plain = module.forward
+
+    def forward(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    forward.__name__, forward.__doc__ = "forward", plain.__doc__
+    signature = inspect.signature(plain)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if "self" not in signature.parameters:
+        forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    setattr(module, name, plain)
+    module.forward = types.MethodType(forward, module)
+
+
+def _model_forward(self: PreTrainedModel, *args, scoring: ScoreRequest | None = None, **kwargs):
+    if scoring is None:
+        return self._plain_forward(*args, **kwargs)
+    if args:  # only PEFT's prompt tuning and plain calls pass input_ids by position
+        kwargs["input_ids"] = args[0]
+    return run_scoring(self, scoring, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the model's forward
+
+
+def run_scoring(
+    model: PreTrainedModel,
+    request: ScoreRequest,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    **inputs,
+) -> TokenScores:
+    """
+    The scoring forward of a bare causal language model: backbone, selection of positions, fused head.
+
+    Args:
+        model: the causal language model.
+        request: what to compute.
+        labels: [B, T], -100 where a token is not scored.
+        shift_labels: labels moved by one, [B, T]; takes precedence.
+        inputs: the model's own inputs.
+
+    Returns:
+        The scores; see `TokenScores`.
+    """
+    inputs.pop("num_items_in_batch", None)
+    inputs.pop("return_dict", None)
+    head, backbone = _split(model)
+    if head is None:
+        hidden_BTD, outputs = _full_logits(model, inputs)
+    else:
+        if _wants_router_logits(model, inputs):
+            inputs["output_router_logits"] = True
+        outputs = backbone(**inputs, return_dict=True)
+        hidden_BTD = outputs.last_hidden_state
+
+    targets = shift_labels if shift_labels is not None else labels[:, 1:]
+    hidden_BTD = hidden_BTD[:, : targets.shape[1]]
+    targets = targets.to(hidden_BTD.device)
+    mask = targets != IGNORE_INDEX
+    hidden_ND, targets_N = hidden_BTD[mask], targets[mask]
+
+    if head is None:
+        transform = LogitTransform(temperature=request.temperature)  # the model has applied its own
+        values = _score_with_module(nn.Identity(), hidden_ND, targets_N, transform, request)
+    else:
+        values = _score_hidden(head, hidden_ND, targets_N, logit_transform(model, request.temperature), request)
+    return _to_scores(values, mask, _aux_loss(model, outputs, request, inputs.get("attention_mask")))
+
+
+def _to_scores(values: dict[str, Tensor], mask: Tensor, aux_loss: Tensor | None) -> TokenScores:
+    """Put the values of the scored tokens back at their positions."""
+
+    def spread(values_N: Tensor | None) -> Tensor | None:
+        if values_N is None:
+            return None
+        mask_here = mask.to(values_N.device)
+        zeros = torch.zeros(mask.shape, dtype=values_N.dtype, device=values_N.device)
+        return zeros.masked_scatter(mask_here, values_N)
+
+    return TokenScores(
+        loss_sum=values.get("loss_sum"),
+        logps=spread(values["logps"]),
+        entropies=spread(values.get("entropy")),
+        log_sum_sq_probs=spread(values.get("log_sum_sq_probs")),
+        mean_logits=spread(values.get("mean_logits")),
+        is_top1=spread(values.get("is_top1")),
+        mask=mask.to(values["logps"].device),
+        aux_loss=aux_loss,
+    )
+
+
+def _score_hidden(
+    head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, transform: LogitTransform, request: ScoreRequest
+) -> dict[str, Tensor]:
+    """Score hidden states with the fused head where the head is a plain linear map, through the module otherwise."""
+    if not _is_plain_linear(head):
+        return _score_with_module(head, hidden_ND, targets_N, transform, request)
+    if "_plain_forward" not in head.__dict__:
+        redirect_forward(head, "_plain_forward", _head_forward)
+    if _is_dtensor(head.weight):
+        # Tensor parallelism splits inputs and outputs in hooks made for logits; call past them.
+        return _head_forward(head, hidden_ND, targets_N, scoring=(transform, request))
+    return head(hidden_ND, targets_N, scoring=(transform, request))
+
+
+def _head_forward(self: nn.Module, hidden_ND: Tensor, *args, scoring=None, **kwargs):
+    """The head's forward: with `scoring`, straight from hidden states to scores, inside the head's own hooks."""
+    if scoring is None:
+        return self._plain_forward(hidden_ND, *args, **kwargs)
+    transform, request = scoring
+    weight_VD, bias_V = _full(self.weight), _full(self.bias)
+    hidden_ND, targets_N = hidden_ND.to(weight_VD.device), args[0].to(weight_VD.device)
+    compute_dtype = weight_VD.dtype
+    if request.head_in_fp32:
+        compute_dtype = torch.float32
+    elif torch.is_autocast_enabled(hidden_ND.device.type) and compute_dtype == torch.float32:
+        compute_dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+    with maybe_gather_lm_head_ctx(weight_VD, bias_V):
+        arguments = (hidden_ND, weight_VD, bias_V, targets_N, transform)
+        options = (request.outputs, request.chunk_size, compute_dtype)
+        if request.objective is None:
+            return token_statistics(*arguments, *options)
+        return token_objective(*arguments, request.objective, *options)
+
+
+def _score_with_module(
+    head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, transform: LogitTransform, request: ScoreRequest
+) -> dict[str, Tensor]:
+    """
+    The same numbers for any module as head (LoRA on the head, a quantized head): chunk by chunk, recomputed by
+    checkpointing, with autograd's own derivatives.
+    """
+    size = request.chunk_size
+    if not size:
+        vocab_size = getattr(head, "out_features", None) or hidden_ND.shape[-1]
+        size = default_chunk_size(vocab_size, hidden_ND.device)
+
+    def score(hidden_CD: Tensor, targets_C: Tensor) -> dict[str, Tensor]:
+        logits_CV = head(hidden_CD)
+        logits_CV = transform(logits_CV.to(accumulation_dtype(logits_CV.dtype)))
+        return _statistics_of_logits(logits_CV, targets_C.to(logits_CV.device), request.outputs)
+
+    pieces = []
+    for hidden_CD, targets_C in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(score, hidden_CD, targets_C, use_reentrant=False))
+        else:
+            pieces.append(score(hidden_CD, targets_C))
+    values = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    if request.objective is not None:
+        losses_N, derivatives_N = request.objective(values["logps"].detach())
+        # The value of the loss with the derivative that the objective states.
+        surrogate_N = (values["logps"] - values["logps"].detach()) * derivatives_N + losses_N
+        values = {name: value.detach() for name, value in values.items()}
+        values["loss_sum"] = surrogate_N.sum()
+    return values
+
+
+def _statistics_of_logits(logits_CV: Tensor, targets_C: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    logps_CV = logits_CV.log_softmax(dim=-1)
+    values = {"logps": logps_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)}
+    if "entropy" in outputs:
+        values["entropy"] = -(logps_CV.exp() * logps_CV).sum(dim=-1)
+    if "log_sum_sq_probs" in outputs:
+        values["log_sum_sq_probs"] = (2 * logps_CV.detach()).logsumexp(dim=-1)
+    if "mean_logits" in outputs:
+        values["mean_logits"] = logits_CV.detach().mean(dim=-1)
+    if "is_top1" in outputs:
+        values["is_top1"] = logits_CV.argmax(dim=-1) == targets_C
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What kind of model is it
+
+
+def _split(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """The head and the backbone; `None` where the model is more than one after the other."""
+    head, backbone = model.get_output_embeddings(), model.base_model
+    known = [head, backbone]
+    others = [
+        name
+        for name, child in model.named_children()
+        if not any(child is module for module in known) and any(True for _ in child.parameters())
+    ]
+    if backbone is model or others or not any(child is head for child in model.children()):
+        logger.warning_once(
+            f"{type(model).__name__} is not a backbone followed by a head"
+            + (f" (it also has {', '.join(others)})" if others else "")
+            + ": its full logits are computed, which takes more memory."
+        )
+        return None, None
+    return _active_module(head), backbone
+
+
+def _active_module(head: nn.Module) -> nn.Module:
+    """The module that computes: PEFT keeps a trained copy of a head beside the original (`modules_to_save`)."""
+    if not (hasattr(head, "modules_to_save") and hasattr(head, "original_module")):
+        return head
+    active = [name for name in getattr(head, "active_adapters", []) if name in head.modules_to_save]
+    if getattr(head, "disable_adapters", False) or not active:
+        return head.original_module
+    return head.modules_to_save[active[0]]
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and head.weight.is_floating_point()
+        and not hasattr(head, "parametrizations")
+    )
+
+
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    return tensor is not None and hasattr(tensor, "full_tensor")
+
+
+def _full(tensor: Tensor | None) -> Tensor | None:
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+
+
+def _full_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    outputs = model._plain_forward(**inputs, return_dict=True)
+    return outputs.logits, outputs
+
+
+# Config fields that scale logits, in the order in which they are looked for.
+_SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+_SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def logit_transform(model: PreTrainedModel, temperature: float = 1.0) -> LogitTransform:
+    """The scale and the soft-capping that the model's config asks for, followed by the temperature."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in _SCALE_FIELDS:
+        value = getattr(config, name, None)
+        if value is not None:
+            divides = name == "logits_scaling" and not config.model_type.startswith("hyperclovax")
+            scale = 1.0 / value if divides else float(value)
+            break
+    softcap = next((value for name in _SOFTCAP_FIELDS if (value := getattr(config, name, None))), None)
+    return LogitTransform(scale, softcap, temperature)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+
+def _wants_router_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    asked = inputs.get("output_router_logits")
+    if asked is None:
+        asked = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return bool(asked)
+
+
+def _aux_loss(
+    model: PreTrainedModel, outputs: Any, request: ScoreRequest, attention_mask: Tensor | None
+) -> Tensor | None:
+    """The load-balancing loss (https://huggingface.co/papers/2101.03961) over the router logits of all layers."""
+    router_logits = getattr(outputs, "router_logits", None)
+    if not router_logits:
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    num_experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    top_k = _first(config, "num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+    mask = request.aux_mask if request.aux_mask is not None else attention_mask
+    if mask is not None and getattr(mask, "dim", lambda: 0)() != 2:
+        mask = None
+    return load_balancing_loss_func(tuple(router_logits), num_experts, top_k, mask)
+
+
+def _first(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    raise ValueError(f"{type(config).__name__} names neither of {', '.join(names)}; set router_aux_loss_coef=0.")
