@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -423,7 +424,7 @@ def _kinds_of_rows(dataset: Dataset | pa.Table, column: str) -> np.ndarray:
     values = dataset[column]
     kind = _kind_of_type(values.type)
     if kind is None:  # messages of several forms in one struct, or JSON: only the values tell
-        return np.array([kind_of_value(value) for value in values.to_pylist()])
+        return np.array([kind_of_value(_decode_json(value, values.type)) for value in values.to_pylist()])
     kinds = np.full(len(values), kind, dtype=object)
     kinds[np.asarray(pc.is_null(values))] = MISSING
     return kinds.astype(str)
@@ -445,6 +446,15 @@ def _kind_of_type(arrow_type: pa.DataType) -> str | None:
                 return None if "from" in names else MESSAGES
             return MESSAGES_FROM_VALUE if {"from", "value"} <= names else OTHER
     return OTHER
+
+
+def _decode_json(value: Any, arrow_type: pa.DataType) -> Any:
+    """A value of a JSON column, which Arrow keeps as text; of a list of JSON, the first item."""
+    if value is None or pa.types.is_struct(arrow_type):
+        return value
+    if isinstance(arrow_type, pa.BaseExtensionType):
+        return json.loads(value)
+    return [_decode_json(item, arrow_type.value_type) for item in value[:1]]
 
 
 def kind_of_value(value: Any) -> str:
