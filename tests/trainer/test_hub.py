@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -128,6 +129,26 @@ def load_back(repo_id: str, local: str, cache: str, revision: str = "main", adap
     start = build_model()
     moved = adapter or not torch.equal(pushed.lm_head.weight, start.lm_head.weight)
     return {"same": same, "moved": moved, "tokenizer": tokenizer(text) == build_tokenizer()(text)}
+
+
+def wait_for_threads(seconds: float) -> list[str]:
+    """Names of the uploading threads that are still running after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        running = [
+            t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor") or t.name == "hub-push"
+        ]
+        if not running:
+            break
+        time.sleep(0.1)
+    reset_client()
+    return running
+
+
+def reset_client() -> None:
+    from huggingface_hub.utils import close_session
+
+    close_session()  # the time limit of this test is not the next one's
 
 
 def read_token(path: str) -> str | None:
@@ -382,6 +403,14 @@ def test_a_silent_hub_does_not_hold_up_training(train, hub, tmp_path):
     assert result["seconds"] < 30
     assert "no end after 1 s" in result["messages"][-1]
     assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_a_silent_hub_does_not_hold_up_the_end_of_the_process(train, worker, hub):
+    """Threads that Python would join at exit give up too, although the Hub's client waits forever by default."""
+    hub.fail("PUT /_lfs/", "hang")
+    result = train("train", hub_strategy="every_save", attributes={"hub_wait_limit_s": 0.5, "hub_retry_delays_s": ()})
+    assert result["error"] is None
+    assert worker(wait_for_threads, 20) == []
 
 
 def test_explicit_push_has_a_limit(train, hub):

@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 import threading
-import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import get_session
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
@@ -43,6 +44,7 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.
 SNAPSHOT_DIR = "_hub_push"
 SETUP_LIMIT_S = 180.0
 EXIT_LIMIT_S = 600.0
+SILENCE_LIMIT_S = 600.0
 
 _TRANSIENT_STATUS = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 
@@ -106,23 +108,59 @@ def describe_failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def with_retries(action: Callable[[], ResultT], delays_s: tuple[float, ...], what: str) -> ResultT:
-    """Call `action`; after a transient failure call it again, `len(delays_s)` times at most, waiting in between."""
+def with_retries(
+    action: Callable[[], ResultT], delays_s: tuple[float, ...], what: str, stop: threading.Event
+) -> ResultT:
+    """
+    Call `action`; after a transient failure call it again, `len(delays_s)` times at most, waiting in between.
+
+    Nobody waits any more once `stop` is set: the failure at hand is the last one.
+    """
     for attempt in range(len(delays_s) + 1):
         try:
             return action()
         except Exception as error:
-            if attempt == len(delays_s) or not is_transient(error):
+            if stop.is_set() or attempt == len(delays_s) or not is_transient(error):
                 error.attempts = attempt + 1
                 raise
             logger.warning(f"{what}: {describe_failure(error)}. Trying again in {delays_s[attempt]:g} s.")
-            time.sleep(delays_s[attempt])
+            stop.wait(delays_s[attempt])
     raise AssertionError("unreachable")
 
 
 # ---- Background work ----
 
-_running: set[Future] = set()
+
+_limited_clients: weakref.WeakSet = weakref.WeakSet()
+
+
+def limit_silence(limit_s: float) -> None:
+    """
+    Have the Hub's shared HTTP client give up a request after `limit_s` seconds without a byte.
+
+    By default it waits forever, also in threads that Python joins at the end of the process. A client that the user
+    configured with time limits keeps them.
+    """
+    client = get_session()
+    if client in _limited_clients or all(value is None for value in client.timeout.as_dict().values()):
+        client.timeout = limit_s
+        _limited_clients.add(client)
+
+
+class Job(Future):
+    """A future whose work can be told that nobody waits for it any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.stop = threading.Event()
+
+    def abandon(self) -> None:
+        """Ask the work to stop, and do not wait for it at the end of the process."""
+        self.stop.set()
+        _running.discard(self)
+
+
+_running: set[Job] = set()
 
 
 def _wait_at_exit() -> None:
@@ -136,22 +174,22 @@ def _wait_at_exit() -> None:
 getattr(threading, "_register_atexit", lambda function: None)(_wait_at_exit)
 
 
-def run_in_background(action: Callable[[], ResultT]) -> Future[ResultT]:
-    """Run `action` in a daemon thread; the future has its result or exception."""
-    future: Future[ResultT] = Future()
-    future.set_running_or_notify_cancel()
+def run_in_background(action: Callable[[threading.Event], Any]) -> Job:
+    """Run `action` in a daemon thread, given the event that asks it to stop; the job has its result or exception."""
+    job = Job()
+    job.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            future.set_result(action())
+            job.set_result(action(job.stop))
         except BaseException as error:
-            future.set_exception(error)
+            job.set_exception(error)
         finally:
-            _running.discard(future)
+            _running.discard(job)
 
-    _running.add(future)
+    _running.add(job)
     threading.Thread(target=run, name="hub-push", daemon=True).start()
-    return future
+    return job
 
 
 def _snapshot_file(source: Path, target: Path, link: bool) -> None:
@@ -207,7 +245,7 @@ class HubPushMixin:
     hub_wait_limit_s: float = 3600.0
     hub_retry_delays_s: tuple[float, ...] = (2.0, 5.0, 15.0, 30.0)
     push_in_progress: PushInProgress | None = None
-    _push_descriptions: dict[Future, tuple[Path, str]] | None = None  # push -> (checkpoint, how to do it by hand)
+    _push_descriptions: dict[Job, tuple[Path, str]] | None = None  # push -> (checkpoint, how to do it by hand)
 
     # ---- The repository ----
 
@@ -232,10 +270,11 @@ class HubPushMixin:
             return url.repo_id
 
         what = f"Making the repository {name} on the Hub"
+        job = run_in_background(lambda stop: with_retries(make, self.hub_retry_delays_s, what, stop))
         try:
-            job = run_in_background(lambda: with_retries(make, self.hub_retry_delays_s, what))
             self.hub_model_id = job.result(timeout=min(SETUP_LIMIT_S, self.hub_wait_limit_s))
         except Exception as error:
+            job.abandon()
             raise HubPushError(
                 f"{what} failed: {describe_failure(error)}.\n"
                 "To go on without it, set `push_to_hub=False` and push the result later with `hf upload`."
@@ -249,16 +288,18 @@ class HubPushMixin:
         self,
         folder: str | os.PathLike,
         what: str,
+        stop: threading.Event,
         *,
         message: str | None,
         token: str | None,
         revision: str | None,
         **kwargs: Any,
     ) -> CommitInfo:
-        """Upload a folder as one commit, trying again after transient failures. `what` is for the messages."""
+        """Upload a folder as one commit, trying again after transient failures until `stop`. `what` is for messages."""
         api = HfApi(library_name="trl")
 
         def upload() -> CommitInfo:
+            limit_silence(min(SILENCE_LIMIT_S, self.hub_wait_limit_s))
             return api.upload_folder(
                 repo_id=self.hub_model_id,
                 folder_path=folder,
@@ -268,7 +309,7 @@ class HubPushMixin:
                 **kwargs,
             )
 
-        return with_retries(upload, self.hub_retry_delays_s, f"Pushing {what} to {self.hub_model_id}")
+        return with_retries(upload, self.hub_retry_delays_s, f"Pushing {what} to {self.hub_model_id}", stop)
 
     def _upload_command(
         self, folder: str | os.PathLike, revision: str | None, path_in_repo: str = ".", exclude: tuple[str, ...] = ()
@@ -330,14 +371,15 @@ class HubPushMixin:
         snapshot_checkpoint(checkpoint, Path(self.args.output_dir), snapshot, whole)
         earlier = [] if previous is None else list(previous.jobs)
 
-        def push() -> None:
+        def push(stop: threading.Event) -> None:
             wait(earlier, timeout=self.hub_wait_limit_s)  # one after the other, commits stay in order
             try:
-                self._upload(snapshot / "model", checkpoint.name, message=message, **target)
+                self._upload(snapshot / "model", checkpoint.name, stop, message=message, **target)
                 if whole:
                     self._upload(
                         snapshot / "checkpoint",
                         checkpoint.name,
+                        stop,
                         message=f"{message}, checkpoint",
                         path_in_repo=path_in_repo,
                         delete_patterns="*",  # shards or states of the checkpoint before do not stay behind
@@ -357,7 +399,7 @@ class HubPushMixin:
         else:
             previous.jobs.append(job)
 
-    def _report_failed_push(self, job: Future, error: BaseException) -> None:
+    def _report_failed_push(self, job: Job, error: BaseException) -> None:
         checkpoint, command = self._push_descriptions.pop(job)
         message = self._failure_message(checkpoint.name, error, checkpoint, command)
         if not checkpoint.exists():  # deleted since, by `save_total_limit`
@@ -381,7 +423,7 @@ class HubPushMixin:
             wait(pending, timeout=self.hub_wait_limit_s)
         self._report_finished_pushes()
         for job in list(self._push_descriptions or {}):
-            _running.discard(job)  # given up: it does not hold up the process's end either
+            job.abandon()
             self._report_failed_push(job, FutureTimeoutError())
 
     # ---- Saving and pushing by the user ----
@@ -455,11 +497,12 @@ class HubPushMixin:
         output_dir = self.args.output_dir
         command = self._upload_command(output_dir, revision, exclude=IGNORED_PATTERNS)
 
-        def push() -> CommitInfo:
+        def push(stop: threading.Event) -> CommitInfo:
             try:
                 return self._upload(
                     output_dir,
                     "the model",
+                    stop,
                     message=commit_message,
                     token=token,
                     revision=revision,
@@ -474,5 +517,5 @@ class HubPushMixin:
         try:
             return job.result(timeout=self.hub_wait_limit_s)
         except FutureTimeoutError as error:
-            _running.discard(job)
+            job.abandon()
             raise HubPushError(self._failure_message("the model", error, output_dir, command)) from error
