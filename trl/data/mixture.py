@@ -162,9 +162,8 @@ def share_rows(num_rows: list[int], fractions: list[float]) -> list[int]:
     Returns:
         `list[int]`: in the proportions asked for, with as many rows as the scarcest dataset allows.
     """
-    weights = [fraction / sum(fractions) for fraction in fractions]
-    total = min(rows / weight for rows, weight in zip(num_rows, weights, strict=True))
-    return [min(round(weight * total), rows) for rows, weight in zip(num_rows, weights, strict=True)]
+    scale = min(rows / fraction for rows, fraction in zip(num_rows, fractions, strict=True))
+    return [min(round(fraction * scale), rows) for rows, fraction in zip(num_rows, fractions, strict=True)]
 
 
 def _check_mixture(configs: list, fractions: list[float | None], streaming: bool, test_split_size: Any) -> None:
