@@ -418,16 +418,16 @@ def describe_rows(rows: Sequence[int] | np.ndarray, show: int = 5) -> str:
 
 
 def _kinds_of_rows(dataset: Dataset | pa.Table, column: str) -> np.ndarray:
-    """What each row holds in a column. A typed column needs no look at its rows beyond which are null."""
+    """What each row holds in a column; one entry where all are alike by type."""
     if isinstance(dataset, Dataset):
         dataset = dataset.select_columns(column).with_format("arrow")[:]
     values = dataset[column]
     kind = _kind_of_type(values.type)
     if kind is None:  # messages of several forms in one struct, or JSON: only the values tell
         return np.array([kind_of_value(_decode_json(value, values.type)) for value in values.to_pylist()])
-    kinds = np.full(len(values), kind, dtype=object)
-    kinds[np.asarray(pc.is_null(values))] = MISSING
-    return kinds.astype(str)
+    if values.null_count == 0:
+        return np.full(min(len(values), 1), kind)  # one row speaks for all
+    return np.where(np.asarray(pc.is_null(values)), MISSING, kind)
 
 
 def _kind_of_type(arrow_type: pa.DataType) -> str | None:
