@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, S tokens of a packed row.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 IGNORE_INDEX = -100
 # What a collator adds for flash attention; made anew here, so that padding at the end is one document.
@@ -58,9 +59,26 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if getattr(model, "_is_stateful", False) or others:
         what = f" (layers of type {', '.join(others)})" if others else ""
         return f"{name} carries a state along the row{what}, through which one packed document would reach the next"
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    backbone = find_backbone(model)
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{name} takes no position_ids, so that a packed document cannot start at position 0"
+    if hasattr(getattr(backbone, "embeddings", None), "create_position_ids_from_input_ids"):
+        return f"{name} counts its positions from the padding token, so that a packed document cannot start at 0"
+    if "create_causal_mask" not in _source(backbone) and "create_masks_for_generate" not in _source(backbone):
+        return f"{name} builds its attention mask in a way of its own, which cannot be told to keep documents apart"
+    if getattr(config, "alibi", False):
+        return f"{name} weighs positions along the whole row (ALiBi), so that a packed document cannot start at 0"
+    implementation = config._attn_implementation
+    if "chunked_attention" in layer_types and implementation not in ("sdpa", "eager"):
+        return f"{name} attends in chunks of the row, which {implementation} cannot start anew with every document"
     return None
+
+
+def find_backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that gives hidden states; the model itself if there is no such part."""
+    if model.base_model is not model:
+        return model.base_model
+    return getattr(model, "model", model)
 
 
 def check_packable(model: PreTrainedModel) -> None:
@@ -260,7 +278,7 @@ def _varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
 
 def _explicit_mask(model: PreTrainedModel, position_ids: Tensor) -> Tensor | dict[str, Tensor] | None:
     """
-    The mask of each type of layer, as the installed Transformers makes it from `position_ids` alone.
+    The mask that keeps documents apart, or one for each type of layer, as the installed Transformers makes it.
 
     `None` for a model that makes its own from `position_ids`: one with several types of layers that takes no mapping
     of masks, or one whose text model is inside a larger one.
@@ -270,16 +288,54 @@ def _explicit_mask(model: PreTrainedModel, position_ids: Tensor) -> Tensor | dic
         return None
     if not (position_ids[0, 1:] == 0).any():
         return None  # a single document: plain causal attention
-    stub = torch.empty((*position_ids.shape, 1), dtype=model.dtype, device=position_ids.device)
-    mask = create_masks_for_generate(
-        config=config, inputs_embeds=stub, attention_mask=None, past_key_values=None, position_ids=position_ids
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if layer_types:
+        if not _takes_mask_mapping(find_backbone(model)):
+            return None
+        return {layer_type: _mask_of_layer_type(model, layer_type, position_ids) for layer_type in layer_types}
+    # A config may name a window that its model never looks at.
+    makes_windows = "create_sliding_window_causal_mask" in _source(find_backbone(model))
+    if makes_windows and getattr(config, "sliding_window", None) is not None:
+        return _mask_of_layer_type(model, "sliding_attention", position_ids)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return _mask_of_layer_type(model, "chunked_attention", position_ids)
+    return _mask_of_layer_type(model, "full_attention", position_ids)
+
+
+def _mask_of_layer_type(model: PreTrainedModel, layer_type: str, position_ids: Tensor) -> Tensor:
+    make = create_sliding_window_causal_mask if layer_type == "sliding_attention" else create_causal_mask
+    mask = make(
+        config=model.config,
+        inputs_embeds=torch.empty((*position_ids.shape, 1), dtype=model.dtype, device=position_ids.device),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=position_ids,
     )
-    if isinstance(mask, dict) and not _takes_mask_mapping(model.base_model):
-        return None
+    if layer_type == "chunked_attention":
+        # Transformers counts the chunks along the row; a document has to find the chunks it has alone.
+        chunk = position_ids[0] // model.config.attention_chunk_size
+        same_chunk = chunk[:, None] == chunk[None, :]
+        mask = (
+            mask & same_chunk
+            if mask.dtype == torch.bool
+            else mask.masked_fill(~same_chunk, torch.finfo(mask.dtype).min)
+        )
     return mask
 
 
 def _takes_mask_mapping(backbone: nn.Module) -> bool:
     """Whether the backbone's forward accepts a mapping of masks; Transformers has no flag for it."""
-    source = inspect.getsource(sys.modules[type(backbone).__module__])
-    return "attention_mask, dict)" in source
+    return "attention_mask, dict)" in _source(backbone)
+
+
+@functools.cache
+def _source_of_module(name: str) -> str:
+    return inspect.getsource(sys.modules[name])
+
+
+def _source(module: nn.Module) -> str:
+    # FSDP and others derive classes at run time; the first class with a file is the one that was written.
+    for cls in type(module).__mro__:
+        if cls.__module__ in sys.modules and getattr(sys.modules[cls.__module__], "__file__", None):
+            return _source_of_module(cls.__module__)
+    return ""

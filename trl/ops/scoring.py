@@ -34,6 +34,7 @@ from .head import (
     token_objective,
     token_statistics,
 )
+from .layouts import choose_layout, find_backbone, is_packed, pack_padded, prepare_packed, unpack_scores
 
 logger = logging.get_logger(__name__)
 
@@ -138,8 +139,6 @@ def score_tokens(
     Raises:
         ValueError: if the batch has no labels, or the model cannot take the layout.
     """
-    from .layouts import choose_layout, is_packed, pack_padded, prepare_packed, unpack_scores
-
     causal_lm = install_scoring(model)
     if with_entropy and "entropy" not in outputs:
         outputs = (*outputs, "entropy")
@@ -206,6 +205,7 @@ def install_scoring(model: nn.Module) -> PreTrainedModel:
             raise ValueError(
                 f"{type(causal_lm).__name__} is an encoder-decoder; scoring is made for decoder-only language models."
             )
+        causal_lm._is_backbone_and_head = _is_backbone_and_head(causal_lm)
         redirect_forward(causal_lm, "_plain_forward", _model_forward)
     return causal_lm
 
@@ -310,6 +310,7 @@ def _to_scores(values: dict[str, Tensor], mask: Tensor, aux_loss: Tensor | None)
     )
 
 
+@torch.compiler.disable  # the loop over chunks depends on the number of scored tokens, which differs in every batch
 def _score_hidden(
     head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, transform: LogitTransform, request: ScoreRequest
 ) -> dict[str, Tensor]:
@@ -397,21 +398,52 @@ def _statistics_of_logits(logits_CV: Tensor, targets_C: Tensor, outputs: tuple[s
 
 def _split(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
     """The head and the backbone; `None` where the model is more than one after the other."""
-    head, backbone = model.get_output_embeddings(), model.base_model
-    known = [head, backbone]
-    others = [
-        name
-        for name, child in model.named_children()
-        if not any(child is module for module in known) and any(True for _ in child.parameters())
-    ]
-    if backbone is model or others or not any(child is head for child in model.children()):
-        logger.warning_once(
-            f"{type(model).__name__} is not a backbone followed by a head"
-            + (f" (it also has {', '.join(others)})" if others else "")
-            + ": its full logits are computed, which takes more memory."
-        )
-        return None, None
-    return _active_module(head), backbone
+    if model._is_backbone_and_head:
+        return _active_module(model.get_output_embeddings()), find_backbone(model)
+    logger.warning_once(
+        f"{type(model).__name__} is not a backbone followed by a linear head: its full logits are computed, "
+        "which takes more memory."
+    )
+    return None, None
+
+
+def _is_backbone_and_head(model: PreTrainedModel) -> bool:
+    """
+    Whether the model's logits are `logit_transform(head(backbone(inputs)))`.
+
+    Nothing but the two may have parameters, and where weights are at hand the model is asked: two tokens go through
+    its own forward, and its logits are compared with those of the head on the hidden states seen on the way.
+    """
+    head, backbone = model.get_output_embeddings(), find_backbone(model)
+    known = (head, backbone)
+    if backbone is model or not any(child is head for child in model.children()):
+        return False
+    for child in model.children():
+        if not any(child is module for module in known) and any(True for _ in child.parameters()):
+            return False
+    if any(
+        parameter.is_meta or _is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    ):
+        return True  # sharded: a forward of one part would wait for the other processes
+    return _logits_agree(model, head, backbone)
+
+
+@torch.no_grad()
+def _logits_agree(model: PreTrainedModel, head: nn.Module, backbone: nn.Module) -> bool:
+    seen = []
+    hook = backbone.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+    input_ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    try:
+        with torch.random.fork_rng():
+            logits = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+        transform = replace(logit_transform(model), temperature=1.0)
+        expected = transform(head(seen[0].last_hidden_state.to(logits.device)))
+    except Exception as error:  # a model that cannot take two bare tokens is judged by its parts alone
+        logger.debug(f"{type(model).__name__} could not be asked for the logits of two tokens: {error}")
+        return True
+    finally:
+        hook.remove()
+    return logits.shape == expected.shape and torch.allclose(logits.float(), expected.float(), rtol=0.05, atol=0.05)
 
 
 def _active_module(head: nn.Module) -> nn.Module:
