@@ -1,0 +1,1 @@
+"""Ready-made configurations for Accelerate: `trl sft --accelerate_config zero3`."""

@@ -1,0 +1,5 @@
+"""The `trl` command."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,104 @@
+"""
+What a run would train on, token by token, without a model: what `trl preview sft` prints.
+
+Reads the same config and flags as the training script; no weights are loaded and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .utils import DatasetMixtureConfig, ScriptArguments, load_script_dataset, select_split
+
+
+@dataclass
+class PreviewArguments:
+    """How many examples are shown, and how."""
+
+    num_examples: int = field(default=3, metadata={"help": "Rows to show."})
+    color: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={"help": "Colours, or brackets. 'auto': colours on a terminal, unless NO_COLOR is set."},
+    )
+
+
+def preview_sft(
+    script_args: ScriptArguments,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: DatasetMixtureConfig,
+    preview_args: PreviewArguments,
+) -> str:
+    """
+    The first rows of the training split as `SFTTrainer` would see them.
+
+    Args:
+        script_args: the dataset.
+        training_args: an `SFTConfig`.
+        model_args: whose tokenizer is used.
+        dataset_args: a mixture of datasets.
+        preview_args: how many rows, and colours.
+
+    Returns:
+        A legend and the rows.
+
+    Raises:
+        ValueError: no model, no dataset, or data that the trainer could not use.
+    """
+    from ..data.preflight import preview
+    from ..data.preparation import LanguageModelingOptions
+
+    processing_class = _processing_class(training_args, model_args)
+    dataset = load_script_dataset(script_args, dataset_args)
+    options = LanguageModelingOptions(
+        dataset_text_field=training_args.dataset_text_field,
+        eos_token=training_args.eos_token,
+        completion_only_loss=training_args.completion_only_loss,
+        assistant_only_loss=training_args.assistant_only_loss,
+        max_length=training_args.max_length,
+        truncation_mode=training_args.truncation_mode,
+    )
+    return preview(
+        select_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        processing_class,
+        options,
+        n=preview_args.num_examples,
+        color=_use_color(preview_args.color),
+    )
+
+
+def _processing_class(training_args: Any, model_args: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    from ..models.loading import load_processing_class
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("No model, so no tokenizer. Name one with `--model_name_or_path`: on the Hub, or a folder.")
+    revision = (training_args.model_init_kwargs or {}).get("revision", model_args.model_revision)
+    processing_class = load_processing_class(
+        model_args.model_name_or_path, revision=revision, trust_remote_code=training_args.trust_remote_code
+    )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    path = training_args.chat_template_path
+    if path is not None and path.endswith((".jinja", ".j2")):
+        if not Path(path).is_file():
+            raise ValueError(f"`chat_template_path` names a template file, but {path} does not exist.")
+        processing_class.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path is not None:
+        source = AutoTokenizer.from_pretrained(path)
+        processing_class.chat_template = source.chat_template
+        tokenizer.add_tokens(list(source.added_tokens_decoder.values()))
+        tokenizer.eos_token = source.eos_token
+    if training_args.eos_token is not None:
+        tokenizer.eos_token = training_args.eos_token
+    return processing_class
+
+
+def _use_color(choice: str) -> bool:
+    if choice == "auto":
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return choice == "always"
