@@ -11,10 +11,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import secrets
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
@@ -139,6 +144,41 @@ class HubServer:
 
     def repo(self, repo_id: str, kind: str = "models") -> Repo:
         return self.repos[(kind, repo_id)]
+
+    def add_repo(self, repo_id: str, files: dict[str, bytes], kind: str = "models") -> Repo:
+        """Put a ready repository on the server."""
+        repo = self.repos[(kind, repo_id)] = Repo(repo_id)
+        repo.commit(
+            "main", "upload", {n: File(c, PurePosixPath(n).suffix in LARGE_SUFFIXES) for n, c in files.items()}
+        )
+        return repo
+
+    def environment(self, home: str, **more: str) -> dict[str, str]:
+        """The environment of a process that takes this server for the Hub. `home` is its `HF_HOME`."""
+        ours = ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGING_FACE_HUB_TOKEN")
+        offline = ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+        kept = {name: value for name, value in os.environ.items() if name not in ours + offline}
+        switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return {**kept, **switches, "HF_ENDPOINT": self.url, "HF_HOME": home, "NO_PROXY": "127.0.0.1", **more}
+
+    @contextmanager
+    def worker(self, environment: dict[str, str], initializer: Callable[[], None] | None = None) -> Iterator[Callable]:
+        """
+        A process that takes this server for the Hub; yields a function that calls a function there.
+
+        `huggingface_hub` reads its environment when it is imported, hence a process of its own.
+        """
+        before = dict(os.environ)
+        try:
+            os.environ.clear()
+            os.environ.update(environment)
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=initializer)
+            pool.submit(os.getpid).result(timeout=120)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        with pool:
+            yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=180)
 
     def fail(self, pattern: str, kind: str = "status", **options: float) -> Fault:
         """Add a fault. `pattern` is searched for in "METHOD /path"."""

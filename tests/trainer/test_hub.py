@@ -8,15 +8,12 @@ started with the server's address; the server, and the faults it is told to make
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import re
 import shlex
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,25 +165,13 @@ def hub():
 
 @pytest.fixture(scope="module")
 def environment(hub, tmp_path_factory):
-    """What a process needs to take the server for the Hub."""
-    home = str(tmp_path_factory.mktemp("hf_home"))
-    switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    removed = {"HF_TOKEN", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"}
-    kept = {name: value for name, value in os.environ.items() if name not in removed}
-    return {**kept, **switches, "HF_ENDPOINT": hub.url, "HF_HOME": home, "NO_PROXY": "127.0.0.1"}
+    return hub.environment(str(tmp_path_factory.mktemp("hf_home")))
 
 
 @pytest.fixture(scope="module")
-def worker(environment):
-    with pytest.MonkeyPatch.context() as patch:
-        for name in set(os.environ) - set(environment):
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start_worker)
-        pool.submit(os.getpid).result(timeout=120)
-    with pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=120)
+def worker(hub, environment):
+    with hub.worker(environment, start_worker) as call:
+        yield call
 
 
 @pytest.fixture

@@ -1,0 +1,247 @@
+"""
+What README and docs show, works: their code blocks are run, their commands are checked, the site builds.
+
+Models and datasets of the Hub that the pages name are tiny stand-ins on a Hub of ours over loopback. The Python blocks of
+a page run one after another, like a notebook. A block that cannot run says why: `<!-- not run: reason -->` before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "MIGRATION.md", "CONTRIBUTING.md")]
+PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md"))
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCK = re.compile(
+    r"(?:^<!-- not run: *(?P<reason>.*?) *-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    reason: str | None  # why it is not run
+    line: int
+
+
+def blocks(page: Path, language: str | None = None) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = [
+        Block(m["language"], m["code"], m["reason"], text[: m.start("code")].count("\n") + 1)
+        for m in BLOCK.finditer(text)
+    ]
+    return [block for block in found if language in (None, block.language)]
+
+
+def pages_with(language: str) -> list:
+    chosen = [page for page in PAGES if any(block.reason is None for block in blocks(page, language))]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in chosen]
+
+
+# ---- In the worker process ----
+
+
+def run_blocks(folder: str, page: str, code: list[tuple[str, int]]) -> str | None:
+    """Run Python blocks in one namespace; a traceback's text if one fails."""
+    import traceback
+
+    os.chdir(folder)
+    namespace: dict = {"__name__": "__main__"}
+    for text, line in code:
+        try:
+            exec(compile("\n" * line + text, page, "exec"), namespace)
+        except BaseException:
+            return traceback.format_exc()
+    return None
+
+
+def parse_sft(folder: str, args: list[str]) -> str:
+    """Parse a `trl sft` command as the command does, launch options included; the model's name."""
+    from trl.scripts.launch_options import split_launch_args
+    from trl.scripts.sft import make_parser
+
+    os.chdir(folder)
+    parser = make_parser()
+    script_args = split_launch_args(args, parser)[1]
+    *_, model_args, _ = parser.parse_args_and_config(script_args)
+    return model_args.model_name_or_path
+
+
+def run_trl(folder: str, args: list[str]) -> tuple[int, str]:
+    """Run the `trl` command in this process; exit code and output."""
+    from trl.cli import main
+
+    os.chdir(folder)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = main(args)
+        except SystemExit as exit_:
+            code = exit_.code
+    return code or 0, output.getvalue()
+
+
+# ---- The stand-ins ----
+
+
+def conversations() -> list[dict]:
+    def turn(i: int) -> list[dict]:
+        question = {"role": "user", "content": f"what is {i} plus 30?"}
+        return [question, {"role": "assistant", "content": f"the answer is {i + 30}."}]
+
+    return [{"messages": turn(i) + turn(i + 1)} for i in range(16)]
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_model_path):
+    with HubServer() as server:
+        server.add_repo(MODEL, {path.name: path.read_bytes() for path in Path(tiny_model_path).iterdir()})
+        server.add_repo("trl-lib/Capybara", {"train.jsonl": jsonl(conversations())}, kind="datasets")
+        sums = [{"question": f"What is {i} plus {i}?", "answer": f"{i} + {i} = {2 * i}"} for i in range(8)]
+        card = b"---\nconfigs:\n- config_name: main\n  data_files: main/train.jsonl\n---\n"
+        server.add_repo("openai/gsm8k", {"README.md": card, "main/train.jsonl": jsonl(sums)}, kind="datasets")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def worker(hub, tmp_path_factory):
+    environment = hub.environment(str(tmp_path_factory.mktemp("hf_home")), HF_TOKEN="hf_writer", WANDB_MODE="disabled")
+    with hub.worker(environment) as call:
+        yield call
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A folder with the files that the page shows: a YAML block whose first line is its name."""
+    page = request.node.callspec.params["page"]
+    for block in blocks(page, "yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", block.code)
+        if name:
+            (tmp_path / name[1]).write_text(block.code)
+    if not (tmp_path / "sft.yaml").exists():
+        named = [
+            block.code for block in blocks(ROOT / "docs" / "cli.md", "yaml") if block.code.startswith("# sft.yaml")
+        ]
+        (tmp_path / "sft.yaml").write_text(named[0])
+    (tmp_path / "more.jsonl").write_bytes(jsonl(conversations()))
+    return tmp_path
+
+
+# ---- Tests ----
+
+
+def test_every_block_is_accounted_for():
+    """A block has a language that the tests below run or check, and one that is left out says why."""
+    for page in PAGES:
+        for block in blocks(page):
+            where = f"{page.relative_to(ROOT)}:{block.line}"
+            assert block.language in ("python", "bash", "yaml", ""), where
+            assert block.reason is None or len(block.reason) > 10, f"{where}: a block that is not run says why"
+        assert page.read_text(encoding="utf-8").count("```") == 2 * len(blocks(page)), page
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_blocks_run(page, folder, worker):
+    code = [(block.code, block.line) for block in blocks(page, "python") if block.reason is None]
+    failure = worker(run_blocks, str(folder), str(page), code)
+    assert failure is None, failure
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = "\n".join(block.code for block in blocks(page, "bash") if block.reason is None)
+    return [shlex.split(line) for line in lines.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_commands_are_right(page, folder, worker):
+    """`trl` commands parse with the real parser (previews and `env` run), make targets and extras exist."""
+    for command in commands(page):
+        program, *args = command
+        if program == "make":
+            assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        elif program == "pip":
+            check_extras(args[-1])
+        elif program == "trl" and args[0] == "sft":
+            assert worker(parse_sft, str(folder), args[1:]) == MODEL, command
+        elif program == "trl" and args[0] in ("preview", "env"):
+            code, output = worker(run_trl, str(folder), args)
+            assert code == 0, output
+        else:
+            pytest.fail(f"{page.name} shows a command that this test does not know: {shlex.join(command)}")
+
+
+def check_extras(requirement: str) -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    known = set(re.findall(r"^([\w-]+) =", section, re.MULTILINE))
+    match = re.fullmatch(r"\.(?:\[(.+)\])?", requirement)
+    assert match, requirement
+    assert set((match[1] or "").split(",")) - {""} <= known
+
+
+def test_the_readme_command_trains(tmp_path, hub, worker):
+    """The README's `trl sft` line, run as it stands, leaves a model that loads."""
+    command = next(args for args in commands(ROOT / "README.md") if args[:2] == ["trl", "sft"])
+    environment = hub.environment(str(tmp_path / "hf_home"), WANDB_MODE="disabled")
+    done = subprocess.run(
+        [sys.executable, "-m", "trl.cli", *command[1:]],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "capybara" / "model.safetensors").is_file()
+
+
+def test_a_failing_block_is_noticed(tmp_path, worker):
+    """The check itself: an error comes with the page and the line."""
+    failure = worker(run_blocks, str(tmp_path), "page.md", [("x = 1\n", 3), ("assert x == 2\n", 7)])
+    assert 'File "page.md", line 8' in failure
+    with pytest.raises(AssertionError):
+        check_extras(".[no-such-extra]")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Links between files of the repository; the site's own are checked when it is built."""
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_site_builds(tmp_path):
+    """The site builds strictly (no broken link, every documented name found) and loads nothing from elsewhere."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for html in (tmp_path / "site").rglob("*.html"):
+        text = html.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img)[^>]+src=\"(https?:[^\"]+)", text)
+        loaded += re.findall(r"<link[^>]+rel=\"(?:stylesheet|preconnect)\"[^>]+href=\"(https?:[^\"]+)", text)
+        assert not loaded, f"{html.name}: {loaded}"
+    config = (tmp_path / "site" / "api" / "sft" / "index.html").read_text(encoding="utf-8")
+    assert "packing_strategy" in config
