@@ -273,6 +273,19 @@ def test_push_without_waiting(train, hub):
     assert commits(hub) == ["End of training"]
 
 
+def test_a_push_outlives_the_script(train, hub, environment, tmp_path):
+    """The process does not end before a push that nobody waits for."""
+    hub.fail("PUT /_lfs/", "slow", seconds=1.0)
+    script = f"""
+from tests.trainer.test_hub import build_trainer
+build_trainer({str(tmp_path / "run")!r}, hub_strategy="end").push_to_hub(blocking=False)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    assert commits(hub) == ["End of training"]
+
+
 def test_push_decided_afterwards(train, hub):
     """`push_to_hub()` works for a trainer that was not told to push."""
     result = train("train", "push", push_to_hub=False, hub_token="hf_writer")
