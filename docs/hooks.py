@@ -1,4 +1,4 @@
-"""MkDocs hooks: tables of config fields from their own help texts, and references in docstrings as plain code."""
+"""A MkDocs hook: `::fields package.Config` becomes a table of the config's fields, from their own help texts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import re
 from typing import Any
 
 FIELDS = re.compile(r"^::fields (?P<path>[\w.]+)$", re.MULTILINE)
-# Docstrings write a reference as [`Name`] or [`~package.Name`], which Markdown would show with its brackets.
-REFERENCE = re.compile(r"\[<code>~?(?:[\w.]+\.)?(\w+)</code>\](?!\()")
+CODE = re.compile(r"(`[^`]*`)")
 
 
 def _own_fields(config_class: type) -> list[dataclasses.Field]:
@@ -31,6 +30,13 @@ def _default(field: dataclasses.Field) -> str:
     return "required"
 
 
+def _escape(cell: str) -> str:
+    """Bars outside code would end the cell; angle brackets would be tags."""
+    parts = CODE.split(cell)
+    parts[::2] = [part.replace("|", "\\|").replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts)
+
+
 def field_table(path: str) -> str:
     """A Markdown table of a dataclass's fields: name, type, default, what it is for."""
     module, _, name = path.rpartition(".")
@@ -40,13 +46,9 @@ def field_table(path: str) -> str:
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
         text = " ".join(str(field.metadata.get("help", "")).split())
         cells = [f"`{field.name}`", f"`{kind}`", f"`{_default(field)}`", text]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(_escape, cells)) + " |")
     return "\n".join(lines)
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     return FIELDS.sub(lambda match: field_table(match["path"]), markdown)
-
-
-def on_page_content(html: str, **kwargs: Any) -> str:
-    return REFERENCE.sub(r"<code>\1</code>", html)
