@@ -1,4 +1,4 @@
-"""A language model small enough to train from nothing on a laptop: a tokenizer trained on the spot and a random Llama.
+"""A language model small enough to train from nothing on a laptop: a tokenizer made on the spot and a random Llama.
 
 Both are ordinary Transformers objects: save them with `save_pretrained`, load them with `from_pretrained`, put them
 wherever a script wants a model while you try it out.
@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 # ChatML. The generation markers tell which words are the assistant's, its end of turn included.
 CHAT_TEMPLATE = (
@@ -51,7 +57,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_layers: int = 4, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_layers: int = 3, seed: int = 0
 ) -> LlamaForCausalLM:
     """Make a Llama with random weights for this tokenizer.
 
@@ -76,3 +82,49 @@ def build_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict]],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 128,
+) -> list[str]:
+    """Let the model answer conversations, always with the most probable token.
+
+    Args:
+        model: any causal model.
+        tokenizer: its tokenizer, with a chat template.
+        prompts: conversations, each ending in a user's turn.
+        max_new_tokens: longest reply.
+        batch_size: conversations answered at a time.
+
+    Returns:
+        One reply for each prompt, special tokens removed.
+    """
+    was_training = model.training
+    model.eval()
+    replies = []
+    for start in range(0, len(prompts), batch_size):
+        inputs = tokenizer.apply_chat_template(
+            prompts[start : start + batch_size],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+            tokenizer_kwargs={"padding_side": "left"},  # a reply continues its prompt
+        ).to(model.device)
+        outputs = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        replies += tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return replies

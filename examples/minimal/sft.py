@@ -140,7 +140,10 @@ def train(model, examples: list, args: argparse.Namespace, pad_token_id: int) ->
     rows_per_step = args.batch_size * args.accumulation
     steps_per_epoch = -(-len(examples) // rows_per_step)
     total_steps = steps_per_epoch * args.epochs
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]  # norms and biases: not decayed
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     scheduler = get_scheduler(
         args.schedule, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=total_steps
     )
