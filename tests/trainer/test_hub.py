@@ -71,7 +71,28 @@ def build_trainer(output_dir: str, adapter: bool = False, **settings):
     return PushingTrainer(model, args, train_dataset=dataset, processing_class=build_tokenizer())
 
 
-def run(output_dir: str, actions: list[str], attributes: dict | None = None, **settings) -> dict:
+def build_sft_trainer(output_dir: str, adapter: bool = False, **settings):
+    from datasets import Dataset
+
+    from trl import SFTConfig, SFTTrainer
+
+    peft_config = None
+    if adapter:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM")
+    settings = {"push_to_hub": True, "hub_token": "hf_writer", "max_steps": 4, "save_steps": 2, **settings}
+    args = SFTConfig(
+        output_dir, use_cpu=True, report_to=[], disable_tqdm=True, bf16=False, logging_steps=1, **settings
+    )
+    rows = [{"prompt": f"what is {i}?", "completion": f" the answer is {i}."} for i in range(8)]
+    dataset = Dataset.from_list(rows)
+    return SFTTrainer(
+        build_model(), args, train_dataset=dataset, processing_class=build_tokenizer(), peft_config=peft_config
+    )
+
+
+def run(output_dir: str, actions: list[str], attributes: dict | None = None, sft: bool = False, **settings) -> dict:
     """
     Build a trainer and carry out `actions` on it ("train", "save", "push", "push_later"); everything that tests look at.
     """
@@ -82,7 +103,7 @@ def run(output_dir: str, actions: list[str], attributes: dict | None = None, **s
     result = {"messages": messages.texts, "error": None}
     start = time.monotonic()
     try:
-        trainer = build_trainer(output_dir, **settings)
+        trainer = (build_sft_trainer if sft else build_trainer)(output_dir, **settings)
         for name, value in (attributes or {}).items():
             setattr(trainer, name, value)
         for action in actions:
@@ -313,6 +334,33 @@ def test_the_token_stays_here(train, worker, hub, tmp_path):
         path.write_bytes(pushed[name])
         assert worker(read_token, str(path)) is None
     assert not any(b"hf_writer" in content for content in pushed.values())
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
+def test_sft_trainer(train, worker, hub, tmp_path, adapter):
+    """`SFTTrainer` pushes checkpoints while it trains, then the model with a card that tells of the run."""
+    result = train("train", "push", sft=True, adapter=adapter, hub_strategy="checkpoint", hub_always_push=True)
+    assert result["error"] is None
+    assert [message for message in result["messages"] if "failed" in message] == []
+    assert commits(hub)[0] == "Training in progress, step 2"
+    assert commits(hub)[-1] == "End of training"
+    files = hub.repo("tester/run").files()
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    assert {weights, f"last-checkpoint/{weights}", "last-checkpoint/optimizer.pt", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert all(word in card for word in ("tags:", "- sft", "- tiny", "generated_from_trainer"))
+    assert not any(b"hf_writer" in content for content in files.values())
+    loaded = worker(load_back, "tester/run", str(tmp_path / "run"), str(tmp_path / "cache"), adapter=adapter)
+    assert loaded == {"same": True, "moved": True, "tokenizer": True}
+
+
+def test_sft_trainer_survives_a_failing_hub(train, hub, tmp_path):
+    hub.fail("/commit/")
+    result = train("train", sft=True, hub_strategy="every_save", attributes={"hub_retry_delays_s": (0.01,)})
+    assert result["error"] is None
+    assert result["steps"] == 4
+    assert "failed after 2 attempts: the Hub answered 503" in result["messages"][-1]
+    assert (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").is_file()
 
 
 # ---- Failures ----
