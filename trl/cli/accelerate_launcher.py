@@ -77,10 +77,12 @@ def _plan_devices(args: Namespace) -> dict[str, str]:
     if processes is not None and processes > 1:
         if not on_cpu:
             _refuse_silent_single_process(args, kind)
+            args.multi_gpu = args.multi_gpu or (args.num_machines or 1) > 1
             return {}
         return _use_several_cpu_processes(args, processes)
     if on_cpu and config is None:
-        args.cpu, args.num_processes = True, 1  # tells Accelerate to give the process all cores, not one thread
+        args.num_processes = 1
+        _set_cpu_threads(args, 1)
     return {}
 
 
@@ -100,15 +102,15 @@ def _config_file(args: Namespace) -> Any:
 
 
 def _refuse_silent_single_process(args: Namespace, kind: DistributedType | None) -> None:
-    devices = torch.accelerator.device_count()
+    devices, wanted = torch.accelerator.device_count(), args.num_processes // (args.num_machines or 1)
     if kind == DistributedType.NO:
         raise ValueError(
             f"{args.num_processes} processes are asked for, but {args.config_file or default_config_file} is for one "
             "(`distributed_type: 'NO'`). Use `--accelerate_config multi_gpu`, or `--num_processes 1`."
         )
-    if devices < args.num_processes:
+    if devices < wanted:
         raise ValueError(
-            f"{args.num_processes} processes are asked for, but there {'is' if devices == 1 else 'are'} {devices} "
+            f"{wanted} processes are asked for here, but there {'is' if devices == 1 else 'are'} {devices} "
             f"accelerator{'s' * (devices != 1)}. Use `--num_processes {devices}`, or `--cpu` to run them on the CPU."
         )
 
@@ -118,7 +120,12 @@ def _use_several_cpu_processes(args: Namespace, processes: int) -> dict[str, str
     args.multi_gpu, args.cpu = True, False  # the launcher that starts several processes; what they use is the CPU
     args.num_processes = processes
     args.num_machines = args.num_machines or 1
+    _set_cpu_threads(args, max(processes // args.num_machines, 1))
+    return {"ACCELERATE_USE_CPU": "true"}
+
+
+def _set_cpu_threads(args: Namespace, processes_here: int) -> None:
+    """Share the cores between the processes; Accelerate would give each a single thread."""
     if args.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        args.num_cpu_threads_per_process = max(cores // max(processes // args.num_machines, 1), 1)
-    return {"ACCELERATE_USE_CPU": "true"}
+        args.num_cpu_threads_per_process = max(cores // processes_here, 1)

@@ -50,7 +50,7 @@ class HfArgumentParser(_HfArgumentParser):
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
         annotation = field.type
         field = copy.copy(field)  # the dataclass keeps its own
-        field.type = _one_type(annotation)
+        field.type = _plain_elements(_one_type(annotation))
         known = len(parser._actions)
         _HfArgumentParser._parse_dataclass_field(parser, field)
         action = parser._actions[known]
@@ -88,14 +88,24 @@ def _one_type(annotation: Any) -> Any:
     return str | None if optional else str
 
 
+def _plain_elements(annotation: Any) -> Any:
+    """`list[X | None]` read as `list[X]`: argparse wants one type; `_adapt_action` lets None in again."""
+    members, optional = split_optional(annotation)
+    (main,) = members if len(members) == 1 else (None,)
+    if get_origin(main) is not list:
+        return annotation
+    element_members, _ = split_optional(get_args(main)[0])
+    plain = list[str if str in element_members else element_members[0]]
+    return plain | None if optional else plain
+
+
 def _adapt_action(action: Action, field: Field, annotation: Any) -> None:
     """Set how the flag's text becomes a value."""
     members, optional = split_optional(annotation)
     (main,), _ = split_optional(field.type)
     if (get_origin(main) or main) is list:
-        (element,) = get_args(main) or (str,)
-        element_members, element_optional = split_optional(element)
-        convert = str if str in element_members else element_members[0]
+        (convert,) = get_args(main) or (str,)
+        element_optional = _has_optional_elements(annotation)
         if not (isinstance(convert, type) and issubclass(convert, Enum)) and get_origin(convert) is not Literal:
             action.type = _Text(bool_text if convert is bool else convert, none=element_optional or optional)
         if optional and not element_optional:
@@ -115,6 +125,11 @@ def _adapt_action(action: Action, field: Field, annotation: Any) -> None:
         action.type = _text_or_bool
         if bool in members:
             action.nargs, action.const = "?", True
+
+
+def _has_optional_elements(annotation: Any) -> bool:
+    lists = [member for member in split_optional(annotation)[0] if get_origin(member) is list]
+    return any(split_optional(element)[1] for member in lists for element in get_args(member))
 
 
 def _is_dict(annotation: Any) -> bool:

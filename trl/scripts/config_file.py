@@ -124,5 +124,6 @@ def apply_environment(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?` for the known name nearest to `name`, or nothing."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    known = sorted(known, key=len)
+    near = get_close_matches(name, known, n=1, cutoff=0.6) or [other for other in known if other.startswith(name)]
     return f" Did you mean `{near[0]}`?" if near else ""

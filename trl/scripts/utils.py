@@ -78,7 +78,7 @@ class DatasetMixtureConfig:
     streaming: bool = field(default=False, metadata={"help": "Read the mixture while training, without a local copy."})
     test_split_size: float | None = field(
         default=None,
-        metadata={"help": "Split off a test set: a share between 0 and 1, or a number of rows."},
+        metadata={"help": "Share of the mixture, between 0 and 1, that is split off as a test set."},
     )
 
     def __post_init__(self):
