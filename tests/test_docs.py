@@ -191,6 +191,15 @@ def test_commands_are_right(page, folder, worker):
             pytest.fail(f"{page.name} shows a command that this test does not know: {shlex.join(command)}")
 
 
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_config_files_parse(page, folder, worker):
+    """Config files that a page shows are accepted by `trl sft`, mixtures included."""
+    for block in blocks(page, "yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", block.code)
+        assert name, f"{page.name}:{block.line}: the first line of a config file is its name, `# name.yaml`"
+        assert worker(parse_sft, str(folder), ["--config", name[1]]) == MODEL
+
+
 def check_extras(requirement: str) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
