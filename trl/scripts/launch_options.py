@@ -21,14 +21,14 @@ def _launch_parser() -> ArgumentParser:
 
 @functools.cache
 def _options() -> dict[str, Action]:
-    """Option string -> action of `accelerate launch`, without its help."""
+    """Long option -> action of `accelerate launch`, without its help."""
     options = _launch_parser()._option_string_actions
-    return {text: action for text, action in options.items() if action.dest != "help"}
+    return {text: action for text, action in options.items() if text.startswith("--") and action.dest != "help"}
 
 
 def launch_option_names() -> set[str]:
     """Names of all launch options, without dashes."""
-    return {text[2:].replace("-", "_") for text in _options() if text.startswith("--")} | {ACCELERATE_CONFIG}
+    return {text[2:].replace("-", "_") for text in _options()} | {ACCELERATE_CONFIG}
 
 
 def is_launch_option(text: str) -> bool:
