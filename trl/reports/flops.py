@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 # Peak operations per second of the dense matrix units, as the vendors state them. First fit wins, so longer names come
@@ -52,10 +53,13 @@ _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32"
 
 
 def _matmul_parameters(config: PreTrainedConfig) -> int:
-    """Weights that one token is multiplied with: matrices without the embedding table, and of the experts those used."""
+    """Weights that one token is multiplied with: matrices without the embedding tables, and of the experts those used."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]  # positions have one too
+    embeddings = {
+        id(parameter) for table in (*tables, model.get_input_embeddings()) for parameter in table.parameters()
+    }
     head = model.get_output_embeddings()
     tied = head is not None and id(head.weight) in embeddings
     experts = next(

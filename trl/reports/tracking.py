@@ -4,9 +4,10 @@ Links to a run's page in the experiment trackers, and tables sent to one of them
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
+
+from ..import_utils import _is_package_available
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -62,7 +63,7 @@ def log_table_to_comet_experiment(name: str, table: DataFrame) -> None:
     Raises:
         ModuleNotFoundError: Comet is not installed.
     """
-    if importlib.util.find_spec("comet_ml") is None and "comet_ml" not in sys.modules:
+    if not _is_package_available("comet_ml"):
         raise ModuleNotFoundError("comet_ml is not installed. `pip install comet-ml`.")
     experiment = _comet_experiment()
     if experiment is not None:
