@@ -172,6 +172,16 @@ def test_use_adapter_switches_and_restores():
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
 
 
+@pytest.mark.parametrize("name", ["ref", None])
+def test_use_adapter_thaws_nothing(name):
+    """PEFT makes the adapter it activates trainable; one that was frozen must be frozen afterwards."""
+    model = _two_adapters()
+    model.requires_grad_(False)
+    with use_adapter(model, name):
+        pass
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_use_adapter_restores_after_an_error():
     model = _two_adapters()
     with pytest.raises(RuntimeError, match="inside"), use_adapter(model, "ref"):

@@ -85,7 +85,8 @@ def test_no_secret_and_no_path_in_the_arguments(tmp_path):
     assert str(tmp_path) not in text
     assert "machine-7" not in text
     assert table["eos_token"] == "<eos>"
-    assert dict(training_arguments_table({"api_key": "k", "lr": 1})) == {"lr": "1"}
+    mapping = {"api_key": "k", "my_token": "t", "cache_dir": "/home/me", "model_path": "/home/me/x", "lr": 1}
+    assert dict(training_arguments_table(mapping)) == {"lr": "1"}
 
 
 def test_arguments_are_the_usual_and_the_changed():
