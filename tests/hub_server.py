@@ -25,6 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 # Committed as large files; everything else goes into the commit itself. The real Hub has a longer list.
 LARGE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".parquet", ".png", ".arrow"}
 TYPES = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
@@ -351,8 +353,22 @@ class _Handler(BaseHTTPRequestHandler):
         role = {"role": "write" if user[1] else "read"}
         return {"type": "user", "name": user[0], "orgs": [], "auth": {"accessToken": role}}
 
-    def validate_yaml(self) -> dict:
-        return {"errors": [], "warnings": []}
+    def validate_yaml(self) -> dict | None:
+        """Like the Hub, refuse a card whose metadata is no YAML, or names a base model that no repository can have."""
+        match = re.match(r"---\n(.*?)\n---\n", self.json()["content"], re.DOTALL)
+        errors = []
+        try:
+            names = (yaml.safe_load(match[1]) if match else {}).get("base_model", [])
+            for name in [names] if isinstance(names, str) else names:
+                if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+                    errors.append(f'"base_model" with value "{name}" is not valid. Use a model id')
+        except yaml.YAMLError as error:
+            errors.append(str(error))
+        answer = {"errors": [{"message": message} for message in errors], "warnings": []}
+        if errors:
+            self.answer(answer, status=400)
+            return None
+        return answer
 
     def create_repo(self) -> dict:
         user = self.require_writer()

@@ -60,6 +60,7 @@ def build_trainer(output_dir: str, adapter: bool = False, **settings):
     if adapter:
         from peft import LoraConfig, get_peft_model
 
+        model.config._name_or_path = "tester/base"  # an adapter's card names its base
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 400, (8, 6), generator=generator).tolist()
@@ -87,9 +88,9 @@ def build_sft_trainer(output_dir: str, adapter: bool = False, **settings):
     )
     rows = [{"prompt": f"what is {i}?", "completion": f" the answer is {i}."} for i in range(8)]
     dataset = Dataset.from_list(rows)
-    return SFTTrainer(
-        build_model(), args, train_dataset=dataset, processing_class=build_tokenizer(), peft_config=peft_config
-    )
+    base = str(Path(output_dir).parent / "base")  # a local base model, which no card may name
+    build_model().save_pretrained(base)
+    return SFTTrainer(base, args, train_dataset=dataset, processing_class=build_tokenizer(), peft_config=peft_config)
 
 
 def run(output_dir: str, actions: list[str], attributes: dict | None = None, sft: bool = False, **settings) -> dict:
@@ -252,7 +253,7 @@ def test_strategies(train, worker, hub, tmp_path, strategy, folders):
         there = {
             name.removeprefix(f"{folder}/"): data for name, data in files.items() if name.startswith(f"{folder}/")
         }
-        assert there == {path.name: path.read_bytes() for path in local.iterdir()}
+        assert there == {path.name: path.read_bytes() for path in local.iterdir() if path.name != "README.md"}
         assert set(there) >= RESUME_FILES
     loaded = worker(load_back, "tester/run", str(tmp_path / "run" / "checkpoint-4"), str(tmp_path / "cache"))
     assert loaded["same"]
@@ -430,6 +431,14 @@ def test_explicit_push_raises_with_everything_saved(train, worker, hub, environm
     assert MODEL_FILES | {"README.md"} <= files
     assert not any(name.startswith("checkpoint-") for name in files)
     assert worker(load_back, "tester/run", str(tmp_path / "run"), str(tmp_path / "cache"))["same"]
+
+
+def test_a_refused_card_is_named(train, hub):
+    """The Hub's reason for refusing is in the message."""
+    hub.fail("/api/validate-yaml", "status", status=400)
+    result = train("train", "push", hub_strategy="end")
+    assert "the Hub answered 400: Invalid metadata in README.md." in result["error"]
+    assert sum("validate-yaml" in request for request in hub.requests) == 1
 
 
 def test_saving_does_not_raise(train, hub, tmp_path):

@@ -35,10 +35,12 @@ ResultT = TypeVar("ResultT")
 
 # Never part of a pushed model: private folders, and checkpoints, which have places of their own.
 IGNORED_PATTERNS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
-# What a checkpoint holds only to be resumed from. Its README, if any, is the adapter library's; the card is ours.
+# PEFT writes a card into each checkpoint. The Hub refuses it when the base model is a local folder, and ours is better.
+CARD = "README.md"
+# What a checkpoint holds only to be resumed from.
 RESUME_ONLY_PATTERNS = (
     *("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", EXTRA_STATE_NAME),
-    *("latest", "zero_to_fp32.py", "pytorch_model_fsdp*", "README.md"),
+    *("latest", "zero_to_fp32.py", "pytorch_model_fsdp*"),
 )
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json")
 SNAPSHOT_DIR = "_hub_push"
@@ -99,8 +101,10 @@ def describe_failure(error: BaseException) -> str:
         return "the token may not write there (403). Use one with write access, or a repository of your own"
     if status == 404:
         return f"not found (404): {first_line}"
-    if status is not None:
+    if status is not None and (status < 400 or status >= 500):
         return f"the Hub answered {status}"
+    if status is not None:  # refused: it says why, e.g. what in the card's metadata is not valid
+        return f"the Hub answered {status}: {' '.join(str(error).split())[:400]}"
     if isinstance(error, FutureTimeoutError) and not str(error):
         return "no answer in time"
     if _is_connection_failure(error):
@@ -215,19 +219,18 @@ def snapshot_checkpoint(checkpoint: Path, output_dir: Path, target: Path, whole:
         checkpoint: a complete checkpoint. Its files are hard-linked: nobody writes to them again.
         output_dir: the run's folder. Card, logs and pictures in it are copied.
         target: new folder that gets `model/`, and `checkpoint/` if `whole`.
-        whole: also keep the checkpoint as it is, to resume from.
+        whole: also keep all that resuming needs.
     """
-    for source in checkpoint.iterdir():
-        if source.is_file() and not any(fnmatch(source.name, pattern) for pattern in RESUME_ONLY_PATTERNS):
+    sources = [source for source in checkpoint.rglob("*") if source.is_file() and source.name != CARD]
+    for source in sources:
+        if source.parent == checkpoint and not any(fnmatch(source.name, pattern) for pattern in RESUME_ONLY_PATTERNS):
             _snapshot_file(source, target / "model" / source.name, link=True)
+        if whole:
+            _snapshot_file(source, target / "checkpoint" / source.relative_to(checkpoint), link=True)
     for name in _files(output_dir):
         is_old_weight = any(fnmatch(name.name, pattern) for pattern in WEIGHT_PATTERNS)
         if not is_old_weight and not (target / "model" / name).exists():
             _snapshot_file(output_dir / name, target / "model" / name, link=False)
-    if whole:
-        for source in checkpoint.rglob("*"):
-            if source.is_file():
-                _snapshot_file(source, target / "checkpoint" / source.relative_to(checkpoint), link=True)
 
 
 # ---- The trainer's part ----
@@ -352,7 +355,7 @@ class HubPushMixin:
         try:
             self._start_checkpoint_push(Path(checkpoint_folder), previous)
         except Exception as error:  # e.g. no space left for the snapshot
-            command = self._upload_command(checkpoint_folder, self.args.hub_revision)
+            command = self._upload_command(checkpoint_folder, self.args.hub_revision, exclude=(CARD,))
             logger.error(
                 self._failure_message(Path(checkpoint_folder).name, error, checkpoint_folder, command)
                 + "\nTraining goes on."
@@ -392,7 +395,7 @@ class HubPushMixin:
         self._push_descriptions = self._push_descriptions or {}
         self._push_descriptions[job] = (
             checkpoint,
-            self._upload_command(checkpoint, target["revision"], path_in_repo if whole else "."),
+            self._upload_command(checkpoint, target["revision"], path_in_repo if whole else ".", exclude=(CARD,)),
         )
         if previous is None or previous.is_done():
             self.push_in_progress = PushInProgress([job])
