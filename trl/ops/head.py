@@ -31,7 +31,7 @@ TOKEN_CHUNK_SIZE = 4096
 # Columns of a half-precision head that are converted at a time where the device has no product with float32 output.
 VOCAB_CHUNK_SIZE = 32768
 # Size of one [chunk, vocabulary] buffer when the caller names no chunk size.
-_BUFFER_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+_BUFFER_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclass(frozen=True)
