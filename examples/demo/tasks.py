@@ -30,23 +30,23 @@ HELD_OUT_SHARE = 16  # one question in sixteen is kept for testing
 
 
 def make_sort(rng: random.Random) -> tuple[tuple, str]:
-    digits = [str(rng.randrange(10)) for _ in range(rng.randint(3, 7))]
+    digits = [str(rng.randrange(10)) for _ in range(rng.randint(3, 6))]
     return (" ".join(digits),), " ".join(sorted(digits))
 
 
 def make_reverse(rng: random.Random) -> tuple[tuple, str]:
-    digits = [str(rng.randrange(10)) for _ in range(rng.randint(3, 7))]
+    digits = [str(rng.randrange(10)) for _ in range(rng.randint(3, 6))]
     return (" ".join(digits),), " ".join(reversed(digits))
 
 
 def make_count(rng: random.Random) -> tuple[tuple, str]:
     wanted = str(rng.randrange(10))
-    digits = [wanted if rng.random() < 0.4 else str(rng.randrange(10)) for _ in range(rng.randint(4, 8))]
+    digits = [wanted if rng.random() < 0.4 else str(rng.randrange(10)) for _ in range(rng.randint(3, 6))]
     return (wanted, " ".join(digits)), str(digits.count(wanted))
 
 
 def make_add(rng: random.Random) -> tuple[tuple, str]:
-    first, second = rng.randrange(100), rng.randrange(100)
+    first, second = rng.randrange(50), rng.randrange(50)
     return (first, second), str(first + second)
 
 
