@@ -71,6 +71,7 @@ def run_sides(script: str, case: str, sides: list[str], rounds: int) -> dict[str
             command = [sys.executable, script, "--side", side, "--case", case]
             # Freed memory goes back to the system at once, so that the peak is that of live tensors.
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+            environment |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}  # waiting is not work
             output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
             results[side].append(json.loads(output.strip().splitlines()[-1]))
     return {side: {key: min(result[key] for result in runs) for key in runs[0]} for side, runs in results.items()}

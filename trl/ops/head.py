@@ -17,6 +17,7 @@ Shapes: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -102,6 +103,17 @@ def _without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _has_mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies half-precision matrices into float32 without rounding in between (CUDA does)."""
+    operand, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 16, device=device)
+    try:
+        torch.mm(operand, operand.t(), out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((out == 16).all())
+
+
 class _Head:
     """Products with the head's weight: half-precision operands, sums and results in float32."""
 
@@ -111,8 +123,7 @@ class _Head:
         self.bias_V = None if bias_V is None else bias_V.detach().to(self.out_dtype)
         self.vocab_size = weight_VD.shape[0]
         self.native = dtype == self.out_dtype
-        # torch.mm(half, half) -> float32 without rounding in between exists on CUDA alone.
-        self.mixed = not self.native and weight_VD.is_cuda
+        self.mixed = not self.native and _has_mixed_products(weight_VD.device, dtype)
 
     def _column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, self.vocab_size, VOCAB_CHUNK_SIZE):

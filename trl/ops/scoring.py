@@ -319,7 +319,7 @@ def _score_hidden(
         return _score_with_module(head, hidden_ND, targets_N, transform, request)
     if "_plain_forward" not in head.__dict__:
         redirect_forward(head, "_plain_forward", _head_forward)
-    if _is_dtensor(head.weight):
+    if _is_dtensor(head.weight) and not _is_fsdp(head):
         # Tensor parallelism splits inputs and outputs in hooks made for logits; call past them.
         return _head_forward(head, hidden_ND, targets_N, scoring=(transform, request))
     return head(hidden_ND, targets_N, scoring=(transform, request))
@@ -432,9 +432,10 @@ def _is_backbone_and_head(model: PreTrainedModel) -> bool:
 def _logits_agree(model: PreTrainedModel, head: nn.Module, backbone: nn.Module) -> bool:
     seen = []
     hook = backbone.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
-    input_ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    input_ids = torch.tensor([[0, 1]], device=device)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             logits = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         transform = replace(logit_transform(model), temperature=1.0)
         expected = transform(head(seen[0].last_hidden_state.to(logits.device)))
@@ -467,6 +468,13 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 def _is_dtensor(tensor: Tensor | None) -> bool:
     return tensor is not None and hasattr(tensor, "full_tensor")
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether the module is sharded on its own by FSDP2, whose hooks gather its parameters."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
 
 
 def _full(tensor: Tensor | None) -> Tensor | None:
