@@ -18,6 +18,7 @@ from pathlib import Path
 # On a busy machine, a thread that waits for another should leave the core to whoever has work. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
 from datasets import Dataset
 from tasks import MAKERS, is_correct, make_dataset
 from tiny_model import build_model, build_tokenizer, generate_replies
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             eval_steps=max(args.steps // 10, 1),
             per_device_eval_batch_size=128,
             save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
             disable_tqdm=True,
             seed=args.seed,
@@ -120,7 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 def show(rows: Dataset, replies: list[str], before: dict[str, float], after: dict[str, float]) -> None:
     print("\nQuestions the model has never seen")
-    for index in range(min(2 * len(MAKERS), len(rows))):
+    shown = [index for kind in MAKERS for index in [i for i, row in enumerate(rows) if row["kind"] == kind][:2]]
+    for index in shown:
         question, answer = rows[index]["prompt"][-1]["content"], rows[index]["answer"]
         verdict = "right" if is_correct(replies[index], answer) else f"wrong, it is {answer}"
         print(f"  {question:<48} {replies[index].strip():<16} {verdict}")
