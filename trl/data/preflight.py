@@ -1,0 +1,324 @@
+"""
+What will be trained on, before the first step: a short table of counts, and a few rows as coloured tokens.
+
+The counts come from the prepared rows themselves, not from what the settings promise. Where the data is streamed
+nothing can be counted ahead; the report then says so, and keeps count while the rows go by.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from .formats import describe_rows
+from .tokenization import IGNORE_INDEX, get_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    from .preparation import LanguageModelingOptions
+
+logger = logging.getLogger(__name__)
+
+NO_TRAINED_TOKEN = "no trained token"
+CUT_OFF = "no trained token left after truncation"
+PACKED_CONTEXT = "packed row without a trained token"
+
+# A stream that has dropped this many rows and kept none will not get better; an endless wait must not look like work.
+HOPELESS_ROWS = 1000
+
+
+@dataclass
+class Dropped:
+    """Rows that are not trained on, for one reason."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)  # the first few, as numbered in the dataset given
+
+    def add(self, indices: Sequence[int]) -> None:
+        self.count += len(indices)
+        self.rows.extend(int(index) for index in indices[: max(0, 10 - len(self.rows))])
+
+
+@dataclass
+class PreparationReport:
+    """
+    What became of a dataset on its way to the trainer.
+
+    Args:
+        name (`str`, defaults to `"train"`):
+            Name of the dataset.
+        streaming (`bool`, defaults to `False`):
+            The rows are prepared while they are read. Only `rows_in`, `rows_kept` and `dropped` are counted then, and
+            only in the process that reads.
+
+    Attributes, all counted after truncation unless they say otherwise:
+
+    - `rows_in`, `rows_kept` (`int`): examples given, and examples left.
+    - `dropped` (`dict[str, Dropped]`): by reason, how many examples were dropped and the first row numbers.
+    - `tokens_trained`, `tokens_context` (`int`): tokens with and without a label. The first token of a document is
+      context: nothing comes before it that could predict it.
+    - `rows_truncated`, `tokens_cut` (`int`): examples over `max_length`, and tokens lost by it.
+    - `longest`, `median` (`int`, `float`): tokens per example, before truncation.
+    - `max_length` (`int` or `None`): the limit.
+    - `rows_packed` (`int` or `None`), `packing_efficiency` (`float` or `None`): rows after packing, and the share of
+      their capacity that holds tokens.
+    - `stop_tokens` (`list[str]`), `stop_token_share` (`float` or `None`): tokens that end a generation, and the share
+      of kept examples in which one of them is trained.
+    - `prompts_merged` (`Dropped`): prompts whose last tokens merge with the completion.
+    - `notes` (`list[str]`): remarks that deserve a reader.
+    """
+
+    name: str = "train"
+    streaming: bool = False
+    rows_in: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    tokens_trained: int = 0
+    tokens_context: int = 0
+    rows_truncated: int = 0
+    tokens_cut: int = 0
+    longest: int = 0
+    median: float = 0.0
+    max_length: int | None = None
+    rows_packed: int | None = None
+    packing_strategy: str | None = None
+    packing_efficiency: float | None = None
+    stop_tokens: list[str] = field(default_factory=list)
+    stop_token_share: float | None = None
+    prompts_merged: Dropped = field(default_factory=Dropped)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rows_dropped(self) -> int:
+        """Examples dropped, for whatever reason."""
+        return sum(dropped.count for reason, dropped in self.dropped.items() if reason != PACKED_CONTEXT)
+
+    def drop(self, reason: str, indices: Sequence[int]) -> None:
+        """Count rows as dropped for a reason; no rows, no entry."""
+        if len(indices):
+            self.dropped.setdefault(reason, Dropped()).add(indices)
+
+    def count_stream(self, indices: Sequence[int], kept: np.ndarray, reason: str) -> None:
+        """
+        Count a batch of a streamed dataset as it goes by.
+
+        Args:
+            indices (`Sequence[int]`):
+                Numbers of the rows in the stream.
+            kept (`np.ndarray`):
+                Boolean, one entry per row.
+            reason (`str`):
+                Why the others are dropped.
+
+        Raises:
+            `ValueError`: the first thousand rows and more were dropped and none kept.
+        """
+        lost = np.asarray(indices)[~kept]
+        if len(lost) and not self.rows_dropped:
+            logger.warning(
+                "%s dataset: %s dropped (%s). Further ones are counted in silence.",
+                self.name,
+                describe_rows(lost.tolist()),
+                reason,
+            )
+        self.rows_in += len(kept)
+        self.rows_kept += int(kept.sum())
+        self.drop(reason, lost)
+        if self.rows_kept == 0 and self.rows_in >= HOPELESS_ROWS:
+            self.raise_if_unusable()
+
+    def raise_if_unusable(self) -> None:
+        """
+        Stop here rather than train on nothing.
+
+        Raises:
+            `ValueError`: the dataset is empty, or no example has a trained token. The message names the first rows.
+        """
+        if self.streaming and self.rows_in < HOPELESS_ROWS:
+            return
+        if self.rows_in == 0:
+            raise ValueError(f"The {self.name} dataset is empty: it has 0 rows, and at least 1 is needed.")
+        if self.rows_kept and (self.streaming or self.tokens_trained):
+            return
+        reasons = "; ".join(
+            f"{describe_rows_of(dropped)}: {reason}" for reason, dropped in self.dropped.items() if dropped.count
+        )
+        raise ValueError(
+            f"The {self.name} dataset has no token to train on: none of its {self.rows_in:,} rows is left"
+            f"{f' ({reasons})' if reasons else ''}. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        if CUT_OFF in self.dropped:
+            return (
+                f"With max_length={self.max_length} what is to be trained lies behind the cut; raise max_length, or "
+                "shorten the prompts."
+            )
+        return "Check the mask columns and labels, and what completion_only_loss and assistant_only_loss leave over."
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The lines of the table, as label and value."""
+        lines = [("examples", f"{self.rows_in:,}" if self.rows_in else "counted while they are read")]
+        if self.streaming:
+            lines.append(("tokens", "unknown: the dataset is streamed"))
+        if self.rows_dropped or not self.streaming:
+            lines.append(("  kept", f"{self.rows_kept:,}"))
+        for reason, dropped in self.dropped.items():
+            lines.append(("  dropped", f"{dropped.count:,} — {reason} ({describe_rows_of(dropped)})"))
+        if self.streaming:
+            return lines
+        total = self.tokens_trained + self.tokens_context
+        lines += [
+            ("tokens trained", f"{self.tokens_trained:,} ({_percent(self.tokens_trained, total)})"),
+            ("tokens context", f"{self.tokens_context:,}"),
+            ("length", f"median {self.median:,.0f}, longest {self.longest:,}"),
+            (
+                "truncated",
+                f"{self.rows_truncated:,} examples, {self.tokens_cut:,} tokens cut at max_length={self.max_length:,}"
+                if self.max_length is not None
+                else "no (max_length=None)",
+            ),
+        ]
+        if self.rows_packed is not None:
+            efficiency = f"{self.packing_efficiency:.1%} full" if self.packing_efficiency is not None else ""
+            lines.append(("packed", f"{self.rows_packed:,} rows ({self.packing_strategy}), {efficiency}"))
+        if self.stop_token_share is not None:
+            stop = " or ".join(self.stop_tokens)
+            lines.append(("stop token", f"{stop} trained in {self.stop_token_share:.1%} of examples"))
+        return lines
+
+    def render(self) -> str:
+        """The report as a short table: boxed where `rich` is installed, plain lines otherwise."""
+        title = f"Pre-flight: {self.name} dataset"
+        try:
+            return _render_rich(title, self.rows(), self.notes)
+        except ImportError:
+            return _render_plain(title, self.rows(), self.notes)
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+def describe_rows_of(dropped: Dropped) -> str:
+    """`row 3`; `rows 1, 4 and 20 more`."""
+    listed = dropped.rows[:5]
+    more = dropped.count - len(listed)
+    text = f"row{'s' if dropped.count > 1 else ''} {', '.join(map(str, listed))}"
+    return f"{text} and {more:,} more" if more > 0 else text
+
+
+def _percent(part: int, total: int) -> str:
+    return f"{part / total:.1%}" if total else "0%"
+
+
+def _render_plain(title: str, rows: Iterable[tuple[str, str]], notes: Sequence[str]) -> str:
+    lines = [title, *(f"  {label:<16}{value}" for label, value in rows), *(f"  ! {note}" for note in notes)]
+    return "\n".join(lines)
+
+
+def _render_rich(title: str, rows: Iterable[tuple[str, str]], notes: Sequence[str]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.ROUNDED, show_header=False)
+    for label, value in rows:
+        table.add_row(Text(label), Text(value))
+    for note in notes:
+        table.add_row(Text("note"), Text(note))
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(table)
+    return console.file.getvalue().rstrip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A look at the tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+_RESET = "\033[0m"
+_STYLES = {"context": "\033[2m", "trained": "\033[1;32m", "cut": "\033[9;31m"}
+_BRACKETS = {"context": ("", ""), "trained": ("⟦", "⟧"), "cut": ("⟨cut: ", "⟩")}
+
+
+def preview(
+    dataset_or_rows: Dataset | IterableDataset | Sequence[Mapping[str, Any]],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    options: LanguageModelingOptions,
+    n: int = 3,
+    color: bool = True,
+    *,
+    formatting_func: Any = None,
+) -> str:
+    """
+    The first rows of a dataset as the trainer will see them: which tokens are context, trained, or cut.
+
+    Args:
+        dataset_or_rows ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or list of rows):
+            Unprepared rows.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer or processor.
+        options ([`~trl.data.preparation.LanguageModelingOptions`]):
+            The settings of the run. Packing is left out, so that each row stays recognizable.
+        n (`int`, defaults to `3`):
+            Number of rows.
+        color (`bool`, defaults to `True`):
+            Mark with terminal colours; otherwise with brackets.
+        formatting_func (`Callable`, *optional*):
+            As given to the trainer.
+
+    Returns:
+        `str`: a legend and the rows.
+    """
+    from .preparation import encode_rows
+
+    rows = [dict(row) for row in itertools.islice(iter(dataset_or_rows), n)]
+    if not rows:
+        raise ValueError("There is nothing to preview: the dataset has no rows.")
+    legend = " ".join(_paint(kind, kind, color) for kind in _STYLES)
+    blocks = [f"Tokens: {legend}"]
+    for number, (input_ids, labels) in enumerate(encode_rows(rows, processing_class, options, formatting_func)):
+        kinds = _token_kinds(labels, options)
+        counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in _STYLES)
+        warning = "" if "trained" in kinds else " — nothing trained: this row will be dropped"
+        blocks.append(f"── row {number}: {len(input_ids):,} tokens ({counts}){warning}")
+        blocks.append(_paint_tokens(input_ids, kinds, get_tokenizer(processing_class), color))
+    return "\n".join(blocks)
+
+
+def _token_kinds(labels: Sequence[int], options: LanguageModelingOptions) -> list[str]:
+    kinds = ["context" if label == IGNORE_INDEX else "trained" for label in labels]
+    limit = options.max_length if not options.packing or options.packing_strategy == "bfd" else None
+    over = max(0, len(kinds) - limit) if limit is not None else 0
+    if over and options.truncation_mode == "keep_end" and not options.packing:
+        kinds[:over] = ["cut"] * over
+    elif over:
+        kinds[-over:] = ["cut"] * over
+    first = next((i for i, kind in enumerate(kinds) if kind != "cut"), None)
+    if first is not None:
+        kinds[first] = "context"  # nothing before it predicts it
+    return kinds
+
+
+def _paint(text: str, kind: str, color: bool) -> str:
+    if color:
+        # Restart the style on each line: pagers and terminals forget it at a line's end.
+        return "\n".join(f"{_STYLES[kind]}{line}{_RESET}" if line else line for line in text.split("\n"))
+    before, after = _BRACKETS[kind]
+    return f"{before}{text}{after}"
+
+
+def _paint_tokens(input_ids: Sequence[int], kinds: Sequence[str], tokenizer: Any, color: bool) -> str:
+    pieces = []
+    for kind, run in itertools.groupby(zip(input_ids, kinds, strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
+        pieces.append(_paint(text, kind, color))
+    return "".join(pieces)

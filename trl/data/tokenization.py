@@ -1,0 +1,398 @@
+"""
+From a row to token ids and masks: the one routine that every trainer uses.
+
+A row is plain text, a conversation, or a prompt with its completion (either of the two). It becomes `input_ids` and,
+where asked for, `completion_mask` (1 from the first token that differs from the prompt's own) and `assistant_masks`
+(1 on what the assistant wrote). Masks are found by position; no token value means anything here.
+
+The second half works on Arrow tables: labels, the cut at `max_length`, and the counts that the pre-flight report
+shows, for a thousand rows at a time and without a Python loop over tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import ProcessorMixin
+
+from .chat_templates import tokenize_conversation
+from .formats import DatasetFormatError, describe_rows
+from .templating import common_prefix_length, drop_none_fields
+from .vision import prepare_multimodal_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+TRUNCATION_MODES = ("keep_start", "keep_end")
+TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "token_type_ids")
+"""Columns with one entry per token: they are cut together."""
+
+
+def get_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The text tokenizer of a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def tokenize_text(processing_class: PreTrainedTokenizerBase | ProcessorMixin, texts: list[str]) -> list[list[int]]:
+    """
+    Token ids of plain texts, with the special tokens that the tokenizer itself adds; nothing is cut or padded.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The tokenizer, or the processor that holds it.
+        texts (`list[str]`):
+            Any number of texts.
+
+    Returns:
+        `list[list[int]]`: the ids of each text.
+    """
+    if not texts:
+        return []
+    # verbose=False: a text beyond the model's length is no news here, it is cut later and the report counts it.
+    return get_tokenizer(processing_class)(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+
+
+def append_eos(text: str, eos_token: str | None) -> str:
+    """The text with the end-of-sequence token at its end, never twice."""
+    return text if not eos_token or text.endswith(eos_token) else text + eos_token
+
+
+def prompt_boundary(prompt_ids: Sequence[int], *sequences: Sequence[int]) -> int:
+    """
+    Number of leading tokens that a prompt shares with each of the sequences that continue it.
+
+    A tokenizer may merge the prompt's last characters with the first of the completion; the boundary then lies before
+    the merged token, so that no token is split between the two.
+
+    Args:
+        prompt_ids (`Sequence[int]`):
+            The prompt tokenized alone.
+        *sequences (`Sequence[int]`):
+            The prompt tokenized together with each completion.
+
+    Returns:
+        `int`: at most `len(prompt_ids)`.
+    """
+    return min((common_prefix_length(prompt_ids, sequence) for sequence in sequences), default=len(prompt_ids))
+
+
+def parse_tools(tools: Any, row: int | str = "?") -> list | None:
+    """
+    The tools of a row as a list: JSON text is decoded, an empty list or text becomes `None`.
+
+    Args:
+        tools (`list`, `str` or `None`):
+            The row's `tools`.
+        row (`int` or `str`):
+            Named in the error.
+
+    Raises:
+        `ValueError`: the text is not JSON, or is not a list.
+    """
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"Row {row}: `tools` is text but not JSON ({error}). It must hold a list of tool schemas."
+            ) from error
+    if not tools:
+        return None
+    if not isinstance(tools, (list, tuple)):
+        raise ValueError(f"Row {row}: `tools` must be a list of tool schemas, found {type(tools).__name__}.")
+    return drop_none_fields(tools)  # Arrow gives each schema the keys of all others, as None
+
+
+@dataclass(frozen=True)
+class RowTokenizer:
+    """
+    Tokenizes batches of rows for language modeling; what a trainer maps over its dataset.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor for text-only rows.
+        text_field (`str`, defaults to `"text"`):
+            Column of plain text, where the rows have neither `messages` nor `prompt` and `completion`.
+        eos_token (`str`, *optional*):
+            Appended to plain texts and plain completions that do not end with it. Conversations end as their chat
+            template ends them.
+        assistant_mask (`bool`, defaults to `False`):
+            Also return `assistant_masks`. Needs conversations.
+    """
+
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    text_field: str = "text"
+    eos_token: str | None = None
+    assistant_mask: bool = False
+
+    def __call__(self, rows: Mapping[str, list], indices: Sequence[int] | None = None) -> dict[str, list]:
+        """
+        Args:
+            rows (`Mapping[str, list]`):
+                Columns of a batch: `messages`, or `prompt` and `completion`, or the text column; optionally `tools`
+                and `chat_template_kwargs`.
+            indices (`Sequence[int]`, *optional*):
+                Numbers of the rows in their dataset, for errors.
+
+        Returns:
+            `dict[str, list]`: `input_ids`; for prompt and completion also `completion_mask` and `prompt_tokens_merged`
+            (how many tokens of the prompt alone were not found again); with `assistant_mask` also `assistant_masks`.
+
+        Raises:
+            `DatasetFormatError`: a row lacks a value or is of another kind than the others.
+            `RuntimeError`: the assistant mask of a row has no 1.
+        """
+        n_rows = len(next(iter(rows.values()), []))
+        indices = range(n_rows) if indices is None else indices
+        columns = self._columns(rows)
+        conversational = self._check_kind(rows, columns, indices)
+        if len(columns) == 2:
+            encoded = self._pairs(rows, indices, conversational)
+        elif conversational:
+            encoded = self._conversations(rows, indices, rows[columns[0]])
+        else:
+            texts = [append_eos(text, self.eos_token) for text in rows[columns[0]]]
+            encoded = {"input_ids": tokenize_text(self.processing_class, texts)}
+        if self.assistant_mask:
+            self._check_assistant_masks(encoded, indices)
+        return encoded
+
+    def _columns(self, rows: Mapping[str, list]) -> tuple[str, ...]:
+        if "prompt" in rows and "completion" in rows:
+            return ("prompt", "completion")
+        return ("messages",) if "messages" in rows else (self.text_field,)
+
+    def _check_kind(self, rows: Mapping[str, list], columns: tuple[str, ...], indices: Sequence[int]) -> bool:
+        """True for conversations, False for plain text; an error where rows lack a value or differ in kind."""
+        kinds = {}
+        for column in columns:
+            for index, value in zip(indices, rows[column], strict=True):
+                if value is None:
+                    raise DatasetFormatError(
+                        f"Row {index} has no `{column}` (it is None). Each row needs one; drop such rows, e.g. "
+                        f'dataset.filter(lambda row: row["{column}"] is not None).'
+                    )
+                kinds.setdefault(isinstance(value, str), (index, column))
+        if len(kinds) == 2:
+            (text_row, text_column), (chat_row, chat_column) = kinds[True], kinds[False]
+            raise DatasetFormatError(
+                f"Plain text and conversations are mixed: `{text_column}` of row {text_row} is a text, `{chat_column}` "
+                f"of row {chat_row} is a list. Bring all rows to one form; a text becomes a conversation as "
+                '[{"role": "user", "content": text}].'
+            )
+        conversational = False in kinds
+        if self.assistant_mask and not conversational:
+            raise ValueError(
+                "assistant_only_loss=True needs conversations (`messages`, or `prompt` and `completion` as lists of "
+                f"messages), but `{columns[0]}` holds plain text. Convert the dataset, or set "
+                "assistant_only_loss=False; with `prompt` and `completion`, completion_only_loss=True trains the "
+                "completion only."
+            )
+        return conversational
+
+    def _conversations(
+        self, rows: Mapping[str, list], indices: Sequence[int], conversations: Sequence, **options: Any
+    ) -> dict[str, list]:
+        tools = rows.get("tools") or [None] * len(conversations)
+        kwargs = rows.get("chat_template_kwargs") or [None] * len(conversations)
+        masked = self.assistant_mask and not options.get("add_generation_prompt", False)
+        encoded = []
+        for index, messages, row_tools, row_kwargs in zip(indices, conversations, tools, kwargs, strict=True):
+            # Arrow gives each row the arguments of all others, as None.
+            template_kwargs = {key: value for key, value in (row_kwargs or {}).items() if value is not None}
+            try:
+                encoded.append(
+                    tokenize_conversation(
+                        self.processing_class,
+                        self._prepare_messages(messages),
+                        tools=parse_tools(row_tools, index),
+                        assistant_mask=masked,
+                        **{**template_kwargs, **options},
+                    )
+                )
+            except Exception as error:
+                # The template or the masks say what is wrong with the conversation; only here is known which one.
+                _add_note(error, f"(row {index} of the dataset)")
+                raise
+        keys = ("input_ids", "assistant_masks") if masked else ("input_ids",)
+        return {key: [_flat(row[key]) for row in encoded] for key in keys}
+
+    def _prepare_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        messages = drop_none_fields(messages)
+        # A processor's chat template reads content as a list of blocks, also where there are no images.
+        return prepare_multimodal_messages(messages) if isinstance(self.processing_class, ProcessorMixin) else messages
+
+    def _pairs(self, rows: Mapping[str, list], indices: Sequence[int], conversational: bool) -> dict[str, list]:
+        """Tokenize prompts alone and with their completions; the completion begins where the two part."""
+        prompts, completions = rows["prompt"], rows["completion"]
+        if conversational:
+            prompt_ids = self._conversations(rows, indices, prompts, add_generation_prompt=True)["input_ids"]
+            both = [list(prompt) + list(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+            encoded = self._conversations(rows, indices, both)
+        else:
+            both = [
+                append_eos(prompt + completion, self.eos_token)
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+            prompt_ids = tokenize_text(self.processing_class, list(prompts))
+            encoded = {"input_ids": tokenize_text(self.processing_class, both)}
+        boundaries = [
+            prompt_boundary(prompt, ids) for prompt, ids in zip(prompt_ids, encoded["input_ids"], strict=True)
+        ]
+        encoded["completion_mask"] = [
+            [0] * boundary + [1] * (len(ids) - boundary)
+            for boundary, ids in zip(boundaries, encoded["input_ids"], strict=True)
+        ]
+        encoded["prompt_tokens_merged"] = [
+            len(prompt) - boundary for prompt, boundary in zip(prompt_ids, boundaries, strict=True)
+        ]
+        return encoded
+
+    @staticmethod
+    def _check_assistant_masks(encoded: Mapping[str, list], indices: Sequence[int]) -> None:
+        empty = [index for index, mask in zip(indices, encoded["assistant_masks"], strict=True) if 1 not in mask]
+        if empty:
+            raise RuntimeError(
+                f"assistant_only_loss=True, but no assistant token was found in {describe_rows(empty)}. Either the "
+                "conversation has no assistant turn (drop the row), or the chat template marks none (see "
+                "trl.get_training_chat_template)."
+            )
+
+
+def _flat(values: Any) -> list[int]:
+    """A processor returns a batch of one where a tokenizer returns one sequence."""
+    return values[0] if len(values) and isinstance(values[0], (list, tuple)) else values
+
+
+def _add_note(error: Exception, note: str) -> None:
+    """Append a note to an error's own message, so that it shows on every Python version and in every log."""
+    if error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]} {note}", *error.args[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token columns as Arrow lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenLists:
+    """One column of lists: all values in one array, and the length of each row."""
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def from_arrow(cls, column: pa.Array | pa.ChunkedArray) -> TokenLists:
+        column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+        return cls(pc.list_flatten(column).to_numpy(zero_copy_only=False), lengths)
+
+    @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]], dtype: type = np.int32) -> TokenLists:
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return cls(np.fromiter(chain.from_iterable(rows), dtype, lengths.sum()), lengths)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def to_arrow(self) -> pa.ListArray:
+        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.values))
+
+    def to_arrays(self) -> list[np.ndarray]:
+        return np.split(self.values, self.offsets[1:-1]) if len(self.lengths) else []
+
+    def truncate(self, max_length: int, mode: str) -> TokenLists:
+        """At most `max_length` values per row, of the start or of the end."""
+        lengths = np.minimum(self.lengths, max_length)
+        first = self.offsets[:-1] + (self.lengths - lengths if mode == "keep_end" else 0)
+        new_starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+        index = np.arange(lengths.sum()) + np.repeat(first - new_starts, lengths)
+        return TokenLists(self.values[index], lengths)
+
+    def count(self, hits: np.ndarray) -> np.ndarray:
+        """Number of True among each row's entries of `hits` (one entry per value)."""
+        cumulative = np.concatenate([[0], np.cumsum(hits)])
+        offsets = self.offsets
+        return cumulative[offsets[1:]] - cumulative[offsets[:-1]]
+
+
+def build_labels(input_ids: TokenLists, masks: Mapping[str, TokenLists]) -> TokenLists:
+    """
+    Labels of rows of tokens: the token itself where all masks are 1, -100 elsewhere.
+
+    Args:
+        input_ids ([`TokenLists`]):
+            The tokens.
+        masks (`Mapping[str, TokenLists]`):
+            By column name, 0 or 1 for each token. None: every token is trained.
+
+    Raises:
+        `ValueError`: a mask has another length than its `input_ids`.
+    """
+    labels = input_ids.values.copy()
+    for name, mask in masks.items():
+        unequal = np.flatnonzero(mask.lengths != input_ids.lengths)
+        if len(unequal):
+            raise ValueError(
+                f"`{name}` and `input_ids` must have one entry per token, but their lengths differ in "
+                f"{describe_rows(unequal.tolist())} of a batch."
+            )
+        labels[mask.values == 0] = IGNORE_INDEX
+    return TokenLists(labels, input_ids.lengths)
+
+
+def truncate_table(table: pa.Table, max_length: int | None, mode: str = "keep_start") -> pa.Table:
+    """
+    The table with its token columns cut to `max_length`.
+
+    Args:
+        table (`pa.Table`):
+            Has `input_ids`; the other columns of [`TOKEN_COLUMNS`] are cut with it.
+        max_length (`int` or `None`):
+            Longest row kept, in tokens; `None` cuts nothing.
+        mode (`str`, defaults to `"keep_start"`):
+            `"keep_start"` or `"keep_end"`.
+
+    Raises:
+        `ValueError`: `mode` is neither.
+    """
+    if mode not in TRUNCATION_MODES:
+        raise ValueError(f"truncation_mode={mode!r} is unknown; use one of {', '.join(map(repr, TRUNCATION_MODES))}.")
+    if max_length is None:
+        return table
+    lengths = TokenLists.from_arrow(table["input_ids"]).lengths
+    if not len(lengths) or lengths.max() <= max_length:
+        return table
+    for index, name in enumerate(table.column_names):
+        if name in TOKEN_COLUMNS:
+            cut = TokenLists.from_arrow(table[name]).truncate(max_length, mode).to_arrow()
+            table = table.set_column(index, name, cut)
+    return table
+
+
+def count_trained(table: pa.Table) -> np.ndarray:
+    """
+    Number of tokens of each row that are trained, int64 `[rows]`.
+
+    The first token of a document has nothing before it that could predict it, so its label never counts. In a packed
+    row (`seq_lengths`) each document has its own first token.
+    """
+    labels = TokenLists.from_arrow(table["labels"])
+    trained = labels.values != IGNORE_INDEX
+    if "seq_lengths" in table.column_names:
+        documents = TokenLists.from_arrow(table["seq_lengths"]).values
+        starts = np.concatenate([[0], np.cumsum(documents)])[:-1][documents > 0]
+    else:
+        starts = labels.offsets[:-1][labels.lengths > 0]
+    trained[starts.astype(np.int64)] = False
+    return labels.count(trained)
