@@ -260,7 +260,7 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
         output_dir = Path(self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         base_model = getattr(self.model.config, "_name_or_path", None) if hasattr(self.model, "config") else None
-        if base_model and os.path.isdir(base_model):
+        if not base_model or os.path.isdir(base_model):
             base_model = None
         tags = {tags} if isinstance(tags, str) else set(tags or [])
         trackio_url = get_trackio_space_url()

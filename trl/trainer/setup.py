@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from ..data.chat_templates import clone_chat_template
+from ..data.template_cloning import clone_chat_template
 from ..models.loading import create_model_from_path, get_config_model_id, load_processing_class
 from .base_config import _BaseConfig
 
