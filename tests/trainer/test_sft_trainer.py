@@ -82,6 +82,7 @@ class LogitsModel(PreTrainedModel):
         def __init__(self, logits_BTV):
             super().__init__()
             self.logits_BTV = nn.Parameter(logits_BTV)
+            self.embed_tokens = nn.Embedding(logits_BTV.shape[-1], 1)
 
         def forward(self, input_ids=None, attention_mask=None, **kwargs):
             return BaseModelOutput(last_hidden_state=self.logits_BTV)
@@ -92,7 +93,9 @@ class LogitsModel(PreTrainedModel):
         self.model = self.Backbone(logits_BTV)
         self.lm_head = nn.Linear(vocab_size, vocab_size, bias=False)
         self.lm_head.weight.data = torch.eye(vocab_size)
-        self.post_init_done = True
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
 
     def get_output_embeddings(self):
         return self.lm_head

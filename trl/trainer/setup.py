@@ -157,7 +157,7 @@ def set_pad_token(processing_class: ProcessingClass, model: PreTrainedModel, pad
     pad_token_id = _token_id_in_vocabulary(tokenizer, pad_token, "pad_token")
     tokenizer.pad_token = pad_token
     model.config.get_text_config().pad_token_id = pad_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = pad_token_id
     return pad_token_id
 
@@ -173,7 +173,7 @@ def set_eos_token(processing_class: ProcessingClass, model: PreTrainedModel, eos
     eos_token_id = _token_id_in_vocabulary(tokenizer, eos_token, "eos_token")
     tokenizer.eos_token = eos_token
     model.config.get_text_config().eos_token_id = eos_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         stops = model.generation_config.eos_token_id
         stops = [] if stops is None else list(stops) if isinstance(stops, (list, tuple)) else [stops]
         model.generation_config.eos_token_id = [eos_token_id, *(stop for stop in stops if stop != eos_token_id)]

@@ -25,11 +25,11 @@ from ..data.collators import DataCollatorForLanguageModeling, DataCollatorForVis
 from ..data.formats import is_conversational
 from ..data.preparation import LanguageModelingOptions, prepare_language_modeling_dataset
 from ..data.training_templates import get_training_chat_template
-from ..losses.language_modeling import dft, nll
+from ..losses.language_modeling import LANGUAGE_MODELING_LOSSES
 from ..models.adapters import prepare_peft_model
 from ..models.fused_head import install_scoring
 from ..models.moe import resolve_router_aux_loss
-from ..ops.layouts import prepare_packed
+from ..ops.layouts import is_packed, prepare_packed
 from ..ops.scoring import TokenScores, score_tokens
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_type, is_peft_model
 from .setup import (
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 __all__ = ["DataCollatorForLanguageModeling", "DataCollatorForVisionLanguageModeling", "SFTTrainer"]
-
-OBJECTIVES = {"nll": nll, "dft": dft}
 
 
 class SFTTrainer(_BaseTrainer):
@@ -143,8 +141,9 @@ class SFTTrainer(_BaseTrainer):
             else args.completion_only_loss
         )
         self.chat_template = self._training_chat_template(args, processing_class)
-        packs_whole_documents = args.packing and args.packing_strategy != "wrapped"
-        self.padding_free = args.padding_free or packs_whole_documents
+        # One collator serves both datasets; rows without neighbours are laid out padding-free as well.
+        packs_whole_documents = (args.packing or args.eval_packing) and args.packing_strategy != "wrapped"
+        self.padding_free = bool(args.padding_free or packs_whole_documents)
         if data_collator is None:
             data_collator = self._default_collator(args, processing_class)
         self._formatting_func = formatting_func
@@ -437,7 +436,10 @@ class SFTTrainer(_BaseTrainer):
 
     def _score(self, model: nn.Module, inputs: dict[str, Any]) -> TokenScores:
         return score_tokens(
-            model, inputs, outputs=("entropy", "is_top1"), objective=OBJECTIVES[self.args.loss_type], layout="padded"
+            model,
+            inputs,
+            outputs=("entropy", "is_top1"),
+            objective=LANGUAGE_MODELING_LOSSES[self.args.loss_type],
         )
 
     def _normalize(self, loss_sum: Tensor, count: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -457,7 +459,9 @@ class SFTTrainer(_BaseTrainer):
 
     def _full_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        return model(**prepare_packed(model, inputs), use_cache=False)
+        if is_packed(inputs):
+            inputs, _ = prepare_packed(self.accelerator.unwrap_model(model), inputs)
+        return model(**{**inputs, "use_cache": False})
 
     def _loss_from_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
