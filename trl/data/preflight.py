@@ -106,32 +106,34 @@ class PreparationReport:
         if len(indices):
             self.dropped.setdefault(reason, Dropped()).add(indices)
 
-    def count_stream(self, indices: Sequence[int], kept: np.ndarray, reason: str) -> None:
+    def count_stream(self, indices: Sequence[int], trained_uncut: np.ndarray, trained: np.ndarray) -> None:
         """
         Count a batch of a streamed dataset as it goes by.
 
         Args:
             indices (`Sequence[int]`):
                 Numbers of the rows in the stream.
-            kept (`np.ndarray`):
-                Boolean, one entry per row.
-            reason (`str`):
-                Why the others are dropped.
+            trained_uncut (`np.ndarray`):
+                Trained tokens of each row, before truncation.
+            trained (`np.ndarray`):
+                Trained tokens of each row, after it. Rows without any are dropped.
 
         Raises:
             `ValueError`: the first thousand rows and more were dropped and none kept.
         """
-        lost = np.asarray(indices)[~kept]
-        if len(lost) and not self.rows_dropped:
-            logger.warning(
-                "%s dataset: %s dropped (%s). Further ones are counted in silence.",
-                self.name,
-                describe_rows(lost.tolist()),
-                reason,
-            )
-        self.rows_in += len(kept)
-        self.rows_kept += int(kept.sum())
-        self.drop(reason, lost)
+        numbers = np.asarray(indices)
+        self.rows_in += len(numbers)
+        self.rows_kept += int((trained > 0).sum())
+        masked, cut_off = trained_uncut == 0, (trained_uncut > 0) & (trained == 0)
+        for reason, lost in ((NO_TRAINED_TOKEN, numbers[masked]), (CUT_OFF, numbers[cut_off])):
+            if len(lost) and reason not in self.dropped:
+                logger.warning(
+                    "%s dataset: %s dropped (%s). Further ones are counted in silence.",
+                    self.name,
+                    describe_rows(lost.tolist()),
+                    reason,
+                )
+            self.drop(reason, lost)
         if self.rows_kept == 0 and self.rows_in >= HOPELESS_ROWS:
             self.raise_if_unusable()
 

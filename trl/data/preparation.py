@@ -733,8 +733,9 @@ def _encode_stream_batch(
     table = pa.table({name: column.to_arrow() for name, column in lists.items()})
     uncut = count_trained(table)
     table = truncate_table(table, max_length, mode)
-    kept = count_trained(table) > 0
-    report.count_stream(indices, kept, CUT_OFF if (uncut[~kept] > 0).any() else NO_TRAINED_TOKEN)
+    trained = count_trained(table)
+    kept = trained > 0
+    report.count_stream(indices, uncut, trained)
     table = table.filter(pa.array(kept))
     if tokens_only:
         return {name: table[name].to_pylist() for name in ("input_ids", "labels")}
