@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.chat_templates import has_generation_markers, is_chat_template_stop_token_trained
+from ..data.chat_templates import has_generation_markers
 from ..data.collators import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 from ..data.formats import is_conversational
 from ..data.preparation import LanguageModelingOptions, prepare_language_modeling_dataset
+from ..data.template_checks import is_chat_template_stop_token_trained
 from ..data.training_templates import get_training_chat_template
 from ..losses.language_modeling import LANGUAGE_MODELING_LOSSES
 from ..models.adapters import prepare_peft_model
