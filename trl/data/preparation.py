@@ -39,7 +39,7 @@ from .formats import (
     describe_rows,
     language_modeling,
 )
-from .packing import pack_dataset
+from .packing import pack_dataset, packing_efficiency
 from .preflight import CUT_OFF, NO_TRAINED_TOKEN, PACKED_CONTEXT, PreparationReport
 from .templating import maybe_convert_to_chatml
 from .tokenization import (
@@ -63,6 +63,8 @@ PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, so that old caches are not used.
 _ROUTINE_VERSION = 1
+
+_ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ def _convert_to_chatml(dataset: Dataset | IterableDataset) -> Dataset | Iterable
 def _check_columns(
     columns: Sequence[str], options: LanguageModelingOptions, name: str, num_rows: int | None = None
 ) -> Shape:
-    accepted = [TOKENIZED, PROMPT_COMPLETION, CONVERSATION, SHAREGPT, language_modeling(options.dataset_text_field)]
+    accepted = [PROMPT_COMPLETION, CONVERSATION, SHAREGPT, language_modeling(options.dataset_text_field), TOKENIZED]
     return check_columns(
         columns, accepted, "Language modeling", f"{name} dataset", num_rows, hint="give a formatting_func"
     )
@@ -415,7 +417,11 @@ def _token_lists(
 
     Also the number of prompt tokens that merged with the completion, where there are prompts.
     """
-    encoded = rows if row_tokenizer is None else row_tokenizer(rows, indices)
+    if row_tokenizer is None:
+        _check_no_missing_tokens(rows, indices)
+        encoded = rows
+    else:
+        encoded = row_tokenizer(rows, indices)
     lists = {
         column: TokenLists.from_lists(encoded[column], np.int8 if "mask" in column else np.int32)
         for column in TOKEN_COLUMNS
@@ -502,7 +508,10 @@ def _prepare_table(
     if row_tokenizer is not None:
         dataset = _tokenize_table(dataset, row_tokenizer, options, masks, report)
     else:
-        _check_no_missing_tokens(dataset, report.name)
+        for number, table in enumerate(_tables(dataset, [c for c in TOKEN_COLUMNS if c in dataset.column_names])):
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            first_row = number * _ROWS_AT_ONCE
+            _check_no_missing_tokens(columns, range(first_row, first_row + len(table)))
         if "labels" not in dataset.column_names:
             dataset = _map_arrow(dataset, "Labelling", _label_batch, options, masks=list(masks))
 
@@ -563,18 +572,20 @@ def _warn_about_merged_prompts(rows: np.ndarray, report: PreparationReport) -> N
     report.prompts_merged.add(rows.tolist())
 
 
-def _check_no_missing_tokens(dataset: Dataset, name: str) -> None:
-    columns = [column for column in TOKEN_COLUMNS if column in dataset.column_names]
-    first = 0
-    for table in _tables(dataset, columns):
-        for column in columns:
-            missing = np.flatnonzero(table[column].is_null().to_numpy())
-            if len(missing):
+def _check_no_missing_tokens(rows: Mapping[str, Any], indices: Sequence[int]) -> None:
+    """Refuse None where tokens are expected, in a batch of lists or in an Arrow table's columns."""
+    for column in TOKEN_COLUMNS:
+        if column in rows:
+            values = rows[column]
+            missing = (
+                values.is_null().to_numpy() if isinstance(values, pa.ChunkedArray) else [v is None for v in values]
+            )
+            lost = np.asarray(indices)[np.flatnonzero(missing)]
+            if len(lost):
                 raise DatasetFormatError(
-                    f"The {name} dataset has no `{column}` (None) in {describe_rows((missing + first).tolist())}. "
-                    f'Drop such rows, e.g. dataset.filter(lambda row: row["{column}"] is not None).'
+                    f"There is no `{column}` (None) in {describe_rows(lost)} of the dataset. Drop such rows, e.g. "
+                    f'dataset.filter(lambda row: row["{column}"] is not None).'
                 )
-        first += len(table)
 
 
 def _map_arrow(
@@ -594,8 +605,8 @@ def _map_arrow(
 
 
 def _tables(dataset: Dataset, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of some columns as Arrow tables, ten thousand at a time."""
-    return dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000)
+    """The rows of some columns as Arrow tables."""
+    return dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
 
 
 def _measure(
@@ -678,7 +689,7 @@ def _pack(dataset: Dataset, options: LanguageModelingOptions, report: Preparatio
     report.packing_strategy, report.rows_packed = options.packing_strategy, int(kept.sum())
     report.tokens_trained = int(trained.sum())
     report.tokens_context = int(lengths[kept].sum()) - report.tokens_trained
-    report.packing_efficiency = float(lengths[kept].sum() / (max(report.rows_packed, 1) * options.max_length))
+    report.packing_efficiency = packing_efficiency(lengths[kept], options.max_length)
     return dataset
 
 

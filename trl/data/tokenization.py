@@ -208,12 +208,13 @@ class RowTokenizer:
         for index, messages, row_tools, row_kwargs in zip(indices, conversations, tools, kwargs, strict=True):
             # Arrow gives each row the arguments of all others, as None.
             template_kwargs = {key: value for key, value in (row_kwargs or {}).items() if value is not None}
+            row_tools = parse_tools(row_tools, index)
             try:
                 encoded.append(
                     tokenize_conversation(
                         self.processing_class,
                         self._prepare_messages(messages),
-                        tools=parse_tools(row_tools, index),
+                        tools=row_tools,
                         assistant_mask=masked,
                         **{**template_kwargs, **options},
                     )
