@@ -34,6 +34,10 @@ PROBE_QUESTION = "probe question"
 PROBE_RESULT = "probe result"
 PROBE_REASONING = "probe reasoning"
 PROBE_ANSWER = "probe answer"
+
+# A special token as templates write them: <|end|>, </think>, [INST].
+MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
+
 PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -176,6 +180,13 @@ CHANNEL_CALL = {  # <|start|>assistant to=functions.name<|channel|>commentary js
     "repeats": True,
 }
 
+# JSON that is cut off cannot be read; in these syntaxes half a call looks like a call with fewer arguments.
+CALL_MARKS = {
+    TAGGED_FUNCTION["open_pattern"]: ("<tool_call>", "</tool_call>"),
+    TAGGED_KEYS["open_pattern"]: ("<tool_call>", "</tool_call>"),
+    PYTHONIC["open_pattern"]: ("<|tool_call_start|>", "<|tool_call_end|>"),
+}
+
 # Where a syntax has no closing mark of its own, a call ends with the turn.
 TOOL_CALL_SYNTAXES: dict[str, dict[str, Any]] = {
     "tagged_json": _tagged_json("arguments"),
@@ -220,9 +231,7 @@ def build_response_template(syntax: str, turn: TurnFormat) -> dict[str, Any]:
         turn: the marks of the assistant's turn.
     """
     calls = deepcopy(TOOL_CALL_SYNTAXES[syntax])
-    anchors = list(turn.start_anchors)
-    template = {"version": 1, "start_anchor": anchors, "defaults": {"role": "assistant"}}
-    end = re.escape(turn.end)
+    template = {"version": 1, "start_anchor": list(turn.start_anchors), "defaults": {"role": "assistant"}}
     if syntax == "channels":
         template["fields"] = {
             turn.reasoning_field or "thinking": _channel("analysis"),
@@ -230,17 +239,17 @@ def build_response_template(syntax: str, turn: TurnFormat) -> dict[str, Any]:
             "tool_calls": calls,
         }
         return template
+    # Whatever follows the end of the turn is no part of it.
+    marks = [turn.end, "<|tool_response>"] if syntax == "braced" else [turn.end]
+    ends = rf"\s*(?:{'|'.join(map(re.escape, marks))}).*" if turn.end else ""
     if "close_pattern" not in calls:
-        next_call = r"(?=\s*\[TOOL_CALLS\])"
-        ends = [next_call] if syntax == "named_json" else []
-        if turn.end:
-            ends.append(rf"\s*{end}\s*")
-        if ends:
-            calls["close_pattern"] = "|".join(ends)
+        next_call = r"(?=\s*\[TOOL_CALLS\])" if syntax == "named_json" else ""
+        if closings := [closing for closing in (next_call, ends) if closing]:
+            calls["close_pattern"] = "|".join(closings)
     # A message may be in pieces around its calls. Marks take the white space around them, so no piece is empty.
     content = {"content": "text", "repeats": True, "join": "\n"}
-    if turn.end:
-        content["close_pattern"] = rf"\s*{end}\s*"
+    if ends:
+        content["close_pattern"] = ends
     fields = {"content": content, "tool_calls": calls}
     if turn.reasoning_field is not None:
         fields[turn.reasoning_field] = {
@@ -290,10 +299,10 @@ def _tool() -> dict[str, Any]:
 def _render(renderer: TemplateRenderer, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
     """The rendering of a probe; templates that want arguments as JSON text or content in blocks get them so."""
     text_arguments = [
-        _probe_call(json.dumps(PROBE_ARGUMENTS), **{k: v for k, v in m.items() if k not in ("tool_calls",)})
-        if "tool_calls" in m
-        else m
-        for m in messages
+        {**message, "tool_calls": _probe_call(json.dumps(PROBE_ARGUMENTS))["tool_calls"]}
+        if "tool_calls" in message
+        else message
+        for message in messages
     ]
     failure: Exception | None = None
     for variant in (messages, text_arguments, text_blocks(messages)):
@@ -326,7 +335,7 @@ def supports_tool_calling(processing_class: Any) -> bool:
 
 
 def _last_mark(text: str) -> str:
-    marks = re.findall(r"<[^<>\s]+>|\[/?[A-Z_]+\]", text)
+    marks = re.findall(MARK, text)
     return marks[-1] if marks else ""
 
 
@@ -351,7 +360,10 @@ def _start_anchors(renderer: TemplateRenderer) -> tuple[str, ...]:
 
 def _turn_end(renderer: TemplateRenderer) -> str:
     text = _render(renderer, [_user(), {"role": "assistant", "content": PROBE_ANSWER}])
-    return text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].strip()
+    end = text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].strip()
+    # A conversation's end may follow the turn's; the model stops at the first mark.
+    first = re.match(MARK, end)
+    return first[0] if first else end
 
 
 def _reasoning(renderer: TemplateRenderer, anchor: str) -> dict[str, str]:
@@ -367,10 +379,10 @@ def _reasoning(renderer: TemplateRenderer, anchor: str) -> dict[str, str]:
                 continue
             turn = text[text.rindex(PROBE_QUESTION) + len(PROBE_QUESTION) :]
             before, after = turn.split(PROBE_REASONING, 1)
-            opening = before.split(anchor, 1)[-1].strip()
-            closing = re.match(r"\s*(<[^<>]+>|\[/?[A-Z_]+\])", after)
+            opening = before.split(anchor, 1)[1].strip() if anchor in before else _last_mark(before)
+            closing = re.match(MARK, after.lstrip())
             if opening and closing:
-                return {"reasoning_field": field, "reasoning_open": opening, "reasoning_close": closing[1]}
+                return {"reasoning_field": field, "reasoning_open": opening, "reasoning_close": closing[0]}
     # Some templates only open the reasoning for the model, or drop it from earlier answers.
     prompt = _render(renderer, [_user()], add_generation_prompt=True)
     thought = {"role": "assistant", "content": f"<think>\n{PROBE_REASONING}\n</think>\n\n{PROBE_ANSWER}"}
@@ -490,10 +502,10 @@ def parse_response(
             "The tokenizer has no `response_template`, which says how to parse an answer. Call "
             "`add_response_schema(tokenizer)` first."
         )
-    text = tokenizer.decode(ids)
-    if tokenizer.eos_token:
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    while tokenizer.eos_token and text.endswith(tokenizer.eos_token):
         text = text.removesuffix(tokenizer.eos_token)
-    prefix_text = tokenizer.decode(prefix) if prefix else ""
+    prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False) if prefix else ""
     try:
         return _parse_text(text, template, prefix_text, tools)
     except (ValueError, TypeError, KeyError):
@@ -504,8 +516,12 @@ def _parse_text(text: str, template: dict[str, Any], prefix: str, tools: list[di
     message = parse_with_template(
         text, _with_plain_values(template) if tools else template, prefix=prefix, tools=tools
     )
-    calls_field = template["fields"].get("tool_calls", {})
-    if message.get("tool_calls") and calls_field.get("open_pattern") == PYTHONIC["open_pattern"]:
+    syntax = template["fields"].get("tool_calls", {}).get("open_pattern")
+    if message.get("tool_calls") and syntax in CALL_MARKS:
+        opening, closing = CALL_MARKS[syntax]
+        if text.rfind(opening) > text.rfind(closing):
+            raise ValueError("the last call was cut off")
+    if message.get("tool_calls") and syntax == PYTHONIC["open_pattern"]:
         # Python literals are read as Python reads them where that works: True, None, escaped quotes.
         message["tool_calls"] = parse_pythonic_calls(text) or message["tool_calls"]
     for call in message.get("tool_calls") or []:
