@@ -296,3 +296,61 @@ def test_rows_from_arrow(processor, image):
     batch = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)([dataset[0]])
     assert trained_text(processor, batch, 0) == "blue<|im_end|>"
     assert batch["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_special_tokens_of_the_tokenizer(conversational, processor, image):
+    """A plain prompt begins as the tokenizer begins a text; a chat template writes its special tokens itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    start = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+    )
+    row = {"prompt": "<image>what?", "completion": " blue"}
+    if conversational:
+        row = {"prompt": conversation()[:1], "completion": conversation()[1:]}
+    batch = DataCollatorForVisionLanguageModeling(processor)([{**row, "images": [image]}])
+    ids = batch["input_ids"][0].tolist()
+    assert ids.count(start) == (0 if conversational else 1)
+    assert (ids[0] == start) is not conversational
+
+
+@pytest.fixture
+def gemma_processor(tokenizer):
+    """A processor whose placeholder becomes other tokens than itself, and that tells image tokens by type."""
+    from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer),
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens={"image_token": "<soft>", "boi_token": "<image>", "eoi_token": "</image>"},
+    )
+    images = Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    return Gemma3Processor(images, tokenizer, chat_template=TEMPLATE, image_seq_length=IMAGE_TOKENS)
+
+
+def test_token_types_follow_the_tokens(gemma_processor, image):
+    """Types stay aligned with the ids through joining, cutting and padding; a completion's type is 0."""
+    rows = [
+        {"prompt": conversation()[:1], "completion": conversation()[1:], "images": [image]},
+        {"prompt": conversation()[:1], "completion": conversation("the sky is very blue")[1:], "images": [image]},
+    ]
+    soft = gemma_processor.tokenizer.convert_tokens_to_ids("<soft>")
+    for options in ({}, {"completion_only_loss": True, "pad_to_multiple_of": 16}):
+        batch = DataCollatorForVisionLanguageModeling(gemma_processor, **options)(rows)
+        is_image = batch["input_ids"] == soft
+        assert is_image.sum(dim=1).tolist() == [IMAGE_TOKENS, IMAGE_TOKENS]
+        types = batch["token_type_ids"] if "token_type_ids" in batch else batch["mm_token_type_ids"]
+        assert types.tolist() == is_image.long().tolist()
+        assert batch["labels"].shape == types.shape
+
+
+def test_truncation_into_an_image_of_other_tokens(gemma_processor, image):
+    soft = gemma_processor.tokenizer.convert_tokens_to_ids("<soft>")
+    rows = [{"messages": conversation(), "images": [image]}]
+    whole = DataCollatorForVisionLanguageModeling(gemma_processor)(rows)["input_ids"][0]
+    needed = int((whole == soft).nonzero().max()) + 1
+    with pytest.raises(ValueError, match=f"max_length of at least {needed}"):
+        DataCollatorForVisionLanguageModeling(gemma_processor, max_length=needed - 1)(rows)

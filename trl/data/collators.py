@@ -267,11 +267,19 @@ class DataCollatorForVisionLanguageModeling(DataCollatorMixin):
     def _encode_pairs(self, examples: list[dict], images: list[list]) -> dict[str, torch.Tensor]:
         """Tokenize prompts (with the images) and completions apart, so that the boundary is exact, and join them."""
         pairs = [self._render_pair(example, row) for example, row in zip(examples, images, strict=True)]
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": False}
+        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         prompts = dict(
-            self.processor(images=images if any(images) else None, text=[prompt for prompt, _ in pairs], **options)
+            self.processor(
+                images=images if any(images) else None,
+                text=[prompt for prompt, _ in pairs],
+                # A chat template writes its special tokens itself; a plain prompt gets the tokenizer's.
+                add_special_tokens=isinstance(examples[0]["prompt"], str),
+                **options,
+            )
         )
-        completions = dict(self.processor(text=[completion for _, completion in pairs], **options))
+        completions = dict(
+            self.processor(text=[completion for _, completion in pairs], add_special_tokens=False, **options)
+        )
 
         rows = len(examples)
         prompt_mask, completion_mask = prompts["attention_mask"].bool(), completions["attention_mask"].bool()
@@ -400,10 +408,10 @@ def _with_template_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 def _image_token_ids(processor: Any) -> list[int]:
     """Ids that stand for a piece of an image in `input_ids`; empty where the processor does not tell."""
-    ids = getattr(processor, "image_token_ids", None)
-    if ids is None:
-        ids = [getattr(processor, "image_token_id", None)]
-    if all(token_id is None for token_id in ids):
-        token = getattr(processor, "image_token", None)
-        ids = [processor.tokenizer.convert_tokens_to_ids(str(token))] if token is not None else []
-    return [token_id for token_id in ids if token_id is not None]
+    # With Gemma 3 the processor's token is the placeholder, and the tokenizer's the one that it becomes.
+    ids = {getattr(owner, "image_token_id", None) for owner in (processor, processor.tokenizer)}
+    ids |= set(getattr(processor, "image_token_ids", None) or [])
+    token = getattr(processor, "image_token", None)
+    if ids == {None} and token is not None:
+        ids.add(processor.tokenizer.convert_tokens_to_ids(str(token)))
+    return sorted(ids - {None})
