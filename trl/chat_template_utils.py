@@ -54,7 +54,7 @@ _RESPONSE_TEMPLATES: dict[str, tuple] = {
 
 def __getattr__(name: str) -> Any:
     if name in _RESPONSE_TEMPLATES:
-        from .data.tool_formats import TurnFormat, build_response_template
+        from .data.tool_syntaxes import TurnFormat, build_response_template
 
         syntax, *turn = _RESPONSE_TEMPLATES[name]
         return build_response_template(syntax, TurnFormat(*turn))

@@ -19,13 +19,12 @@ from jinja2 import TemplateError
 from tests.conftest import build_tokenizer
 from trl.data.templating import common_prefix_length
 from trl.data.tool_formats import (
-    TOOL_CALL_SYNTAXES,
     add_response_schema,
     derive_response_template,
-    parse_pythonic_calls,
     parse_response,
     supports_tool_calling,
 )
+from trl.data.tool_syntaxes import TOOL_CALL_SYNTAXES, parse_pythonic_calls
 
 TOOL = {
     "type": "function",
@@ -279,6 +278,24 @@ def test_calls_of_the_prompt_are_not_the_answers(case):
         "role": "assistant",
         "content": "the sky",
     }
+
+
+@pytest.mark.parametrize("name", ["braced", "fenced_json"])
+def test_a_turn_that_goes_on_after_a_result_starts_there(name):
+    template = TEMPLATES[name].replace(
+        "{% if add_generation_prompt %}", "{% if add_generation_prompt and messages[-1].role != 'tool' %}"
+    )
+    tokenizer = add_response_schema(tokenizer_of(template))
+    assert len(tokenizer.response_template["start_anchor"]) == 2
+    asked = call('{"city": "Rome"}' if name in TEXT_ARGUMENTS else {"city": "Rome"})
+    history = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "", "tool_calls": [asked]},
+        {"role": "tool", "name": "get_weather", "content": "blue"},
+    ]
+    prompt = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+    parsed = parse_response(tokenizer, tokenizer("the sky")["input_ids"], prefix=tokenizer(prompt)["input_ids"])
+    assert parsed == {"role": "assistant", "content": "the sky"}
 
 
 def test_reasoning_that_the_prompt_opened_needs_the_prefix():
