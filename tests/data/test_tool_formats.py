@@ -435,6 +435,13 @@ def test_pythonic_calls_read_literals_and_nothing_else():
         assert parse_pythonic_calls(f"<|tool_call_start|>{bad}<|tool_call_end|>") is None
 
 
+def test_pythonic_values_keep_their_types_without_the_tools():
+    tokenizer = add_response_schema(tokenizer_of(TEMPLATES["pythonic"]))
+    text = "<|tool_call_start|>[f(a=True, b=None, c='7', d='it\\'s', e=[1, 'x'])]<|tool_call_end|><|im_end|>"
+    parsed = parse_response(tokenizer, tokenizer(text)["input_ids"])
+    assert calls_of(parsed) == [("f", {"a": True, "b": None, "c": "7", "d": "it's", "e": [1, "x"]})]
+
+
 def test_pythonic_text_that_is_not_python_is_still_read():
     tokenizer = add_response_schema(tokenizer_of(TEMPLATES["pythonic"]))
     text = "<|tool_call_start|>[f(x=12, y=one two), g(z='deep, blue')]<|tool_call_end|><|im_end|>"
