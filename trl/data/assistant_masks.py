@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -44,10 +44,17 @@ class TurnFormat:
     """What `add_generation_prompt=True` adds after a user's turn; empty where the template ignores it."""
     ends: tuple[str, ...]
     """What may end a turn, trailing blanks removed: the end-of-turn token, another one after a tool call, …"""
+    openers: tuple[str, ...]
+    """Where nothing ends a turn: what opens the next message, by which the model hands over."""
     wants_blocks: bool
     """Whether string contents are lost and must be given as lists of text blocks."""
     repeats_header: bool
     """Whether one message can open several turns, e.g. one for its reasoning and one for its answer."""
+
+    @property
+    def tokens(self) -> list[str]:
+        """All of the above, without blanks at either end, for a template may strip those off a message."""
+        return [token.strip() for token in (self.header, *self.ends, *self.openers) if token.strip()]
 
 
 def probe_messages(*turns: str, blocks: bool = False) -> Messages:
@@ -87,8 +94,15 @@ def learn_turn_format(renderer: TemplateRenderer) -> TurnFormat:
     Raises:
         ValueError: the template does not render the assistant's words at all.
     """
-    variables = tuple(sorted((k, v) for k, v in renderer.variables.items() if isinstance(v, str | bool | int | None)))
-    return _learn_turn_format(renderer.template, variables)
+    variables = {key: value for key, value in renderer.variables.items() if isinstance(value, str | bool | int)}
+    form = _learn_turn_format(renderer.template, tuple(sorted(variables.items())))
+    # Switches (enable_thinking=False, …) change what is written for the model, not where its turn opens.
+    texts = {key: value for key, value in variables.items() if isinstance(value, str)}
+    if len(texts) < len(variables):
+        header = _learn_turn_format(renderer.template, tuple(sorted(texts.items()))).header
+        if form.generation_prompt.startswith(header):
+            return replace(form, header=header)
+    return form
 
 
 @lru_cache(maxsize=64)
@@ -108,7 +122,9 @@ def _learn_turn_format(template: str, variables: tuple) -> TurnFormat:
     reasoned = {"role": "assistant", "content": "Aqx", "reasoning_content": "Rqx", "thinking": "Rqx"}
     text = try_render(renderer, [*probe_messages("Uqx", blocks=blocks), *_in_blocks([reasoned], blocks)])
     repeats_header = bool(header) and (text or "").count(header) > 1
-    return TurnFormat(header, generation_prompt, _learn_ends(renderer, blocks), blocks, repeats_header)
+    ends = _learn_ends(renderer, blocks)
+    openers = () if ends else _learn_openers(renderer, blocks)
+    return TurnFormat(header, generation_prompt, ends, openers, blocks, repeats_header)
 
 
 def _learn_header(renderer: TemplateRenderer, blocks: bool) -> tuple[str, str]:
@@ -164,12 +180,23 @@ def _learn_ends(renderer: TemplateRenderer, blocks: bool) -> tuple[str, ...]:
         ends.append(_first_tags(_common_prefix(last, inner) if inner else last) or _first_tags(last) or last)
         # Where an earlier turn ends otherwise than the last: by what ends a user's turn too, not by a user's header.
         ends.append(FIRST_TAG.match(_common_prefix(inner, after("Uqx", "Uqx", opened=True))).group())
-    for arguments in ({"k": "vqx"}, '{"k": "vqx"}'):
+    for arguments in ({"k": "vqx"}, '{"k": "vqx"}') if ends else ():
         text = try_render(renderer, [*probe_messages("Uqx", blocks=blocks), probe_call(arguments)])
         if text is not None and "vqx" in text and (tag := LAST_TAG.search(text.rstrip())):
             ends.append(tag.group())
             break
     return tuple(dict.fromkeys(end.strip() for end in ends if end.strip()))
+
+
+def _learn_openers(renderer: TemplateRenderer, blocks: bool) -> tuple[str, ...]:
+    """What stands between the assistant's words and the next message's, for each role that may follow."""
+    openers = []
+    for role in ("user", "tool", "system"):
+        follow = _in_blocks([{"role": role, "content": "Wqy", "name": "qxprobe"}], blocks)
+        text = try_render(renderer, [*probe_messages("Uqx", "Aqx", blocks=blocks), *follow]) or ""
+        between = text.partition("Aqx")[2].partition("Wqy")[0].strip()
+        openers.append(FIRST_TAG.match(between).group() or between)
+    return tuple(dict.fromkeys(opener for opener in openers if opener))
 
 
 def _first_tags(text: str) -> str:
@@ -247,19 +274,17 @@ class _TurnFinder:
         form = self.form
         if self.text.startswith(prompt):
             opened = form.generation_prompt and prompt.endswith(form.generation_prompt)
-            return len(prompt) if opened else self._after_header(len(prompt), prompt)
+            return len(prompt) if opened else self._after_header(len(prompt))
         if form.generation_prompt and prompt.endswith(form.generation_prompt):
             opened = prompt.removesuffix(form.generation_prompt) + form.header
             return len(opened) if self.text.startswith(opened) else None
         return None
 
-    def _after_header(self, position: int, prompt: str) -> int:
+    def _after_header(self, position: int) -> int:
         """Skip what is left of the header, where the template writes it for a message but not as generation prompt."""
         header = self.form.header
-        for shared in range(len(header), -1, -1):
-            if prompt.endswith(header[:shared]) and self.text.startswith(header[shared:], position):
-                return position + len(header) - shared
-        return position
+        begin = self.text.find(header, max(position - len(header), 0)) if header else -1
+        return begin + len(header) if 0 <= begin <= position else position
 
     def _start_by_header(self, turn: int, cursor: int) -> int | None:
         """The end of the turn's header, where headers and assistant messages can be matched one to one."""
@@ -318,14 +343,15 @@ class _TurnFinder:
         for word in _words(self.messages[index]):
             found = self.text.find(word, position, self.stop)
             position = found + len(word) if found >= 0 else position
-        ends = [fenced.find(token, position, self.stop) + len(token) for token in self.form.ends if token in fenced]
-        return min((end for end in ends if end > position), default=None)
+        closing = [(token, len(token)) for token in self.form.ends] + [(token, 0) for token in self.form.openers]
+        found = [(fenced.find(token, position, self.stop), kept) for token, kept in closing]
+        return min((begin + kept for begin, kept in found if begin >= 0), default=None)
 
     @property
     def fenced(self) -> str | None:
         """The same rendering, every header or end token that a message quotes written in fence characters."""
         if self._fenced is None:
-            tokens = [token for token in (self.form.header, *self.form.ends) if token]
+            tokens = self.form.tokens
             quoted = [_fence(message, tokens) for message in self.messages]
             text = self.text
             if quoted != self.messages:

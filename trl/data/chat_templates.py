@@ -11,7 +11,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from .assistant_masks import assistant_spans, learn_turn_format
+from .assistant_masks import assistant_spans as spans_by_rendering
+from .assistant_masks import learn_turn_format
 from .template_rendering import (
     Messages,
     ProcessingClass,
@@ -23,7 +24,7 @@ from .template_rendering import (
 )
 from .templating import common_prefix_length
 
-__all__ = ["has_generation_markers", "tokenize_conversation"]
+__all__ = ["assistant_spans", "has_generation_markers", "tokenize_conversation"]
 
 
 def tokenize_conversation(
@@ -69,20 +70,53 @@ def tokenize_conversation(
     Raises:
         `ValueError`: no template, or a message whose tokens cannot be told apart.
     """
-    renderer = TemplateRenderer.of(processing_class, chat_template, tools, **template_kwargs)
     tokenizer = inner_tokenizer(processing_class)
+    if assistant_mask:
+        if continue_final_message:
+            raise ValueError(
+                "assistant_mask=True needs finished messages; continue_final_message=True leaves one open."
+            )
+        text, spans = assistant_spans(
+            processing_class,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            **template_kwargs,
+        )
+        return _encode_with_mask(tokenizer, text, spans)
+    renderer = TemplateRenderer.of(processing_class, chat_template, tools, **template_kwargs)
     messages = _with_blocks_if_needed(renderer, messages)
-    if not assistant_mask:
-        text = renderer.render(messages, add_generation_prompt, continue_final_message=continue_final_message)
-        return {"input_ids": _encode(tokenizer, text)["input_ids"]}
-    if continue_final_message:
-        raise ValueError("assistant_mask=True needs finished messages; continue_final_message=True leaves one open.")
+    text = renderer.render(messages, add_generation_prompt, continue_final_message=continue_final_message)
+    return {"input_ids": _encode(tokenizer, text)["input_ids"]}
+
+
+def assistant_spans(
+    processing_class: ProcessingClass,
+    messages: Messages,
+    *,
+    tools: list[dict | Callable] | None = None,
+    add_generation_prompt: bool = False,
+    chat_template: str | None = None,
+    **template_kwargs: Any,
+) -> tuple[str, list[Span]]:
+    """
+    A conversation as text, and the character ranges in it that the assistant wrote.
+
+    The arguments are those of [`tokenize_conversation`].
+
+    Returns:
+        `tuple`: the text, and a list of `(first, one past the last)`.
+
+    Raises:
+        `ValueError`: no template, or a message that cannot be found in the text.
+    """
+    renderer = TemplateRenderer.of(processing_class, chat_template, tools, **template_kwargs)
+    messages = _with_blocks_if_needed(renderer, messages)
     if has_generation_markers(renderer.template):
-        text, spans = renderer.render_with_spans(messages, add_generation_prompt)
-    else:
-        text = renderer.render(messages, add_generation_prompt)
-        spans = assistant_spans(renderer, messages, text, add_generation_prompt)
-    return _encode_with_mask(tokenizer, text, spans)
+        return renderer.render_with_spans(messages, add_generation_prompt)
+    text = renderer.render(messages, add_generation_prompt)
+    return text, spans_by_rendering(renderer, messages, text, add_generation_prompt)
 
 
 def _with_blocks_if_needed(renderer: TemplateRenderer, messages: Messages) -> Messages:
