@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -13,12 +14,12 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from tests.conftest import CHAT_TEMPLATE, REFERENCE_DIR, build_tokenizer, load_reference
 from trl.data.collators import DataCollatorForLanguageModeling
+from trl.data.fingerprints import fingerprint_processing_class
 from trl.data.formats import DatasetFormatError
 from trl.data.preparation import (
     LanguageModelingOptions,
     check_unprepared_columns,
     encode_rows,
-    fingerprint_processing_class,
     prepare_language_modeling_dataset,
 )
 
@@ -243,20 +244,14 @@ def test_encode_rows_neither_cuts_nor_drops(word_tokenizer):
 
 # ---- Caching ----
 
-PREPARE_AND_PRINT = """
-import sys
-from datasets import load_dataset
-from tests.conftest import build_tokenizer
-from trl.data.preparation import LanguageModelingOptions, prepare_language_modeling_dataset
 
-dataset = load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[2])
-tokenizer = build_tokenizer()
-tokenizer(["used before"], padding=True, truncation=True, max_length=int(sys.argv[3]))
-prepared, report = prepare_language_modeling_dataset(
-    dataset, tokenizer, LanguageModelingOptions(max_length=8, packing=len(sys.argv) > 4)
-)
-print(prepared._fingerprint, *(file["filename"] for file in prepared.cache_files))
-"""
+def prepare_file(path: str, cache: str) -> list[str]:
+    """Prepare a file's rows with a tokenizer that was used before; the fingerprint and the files of the result."""
+    dataset = load_dataset("json", data_files=path, split="train", cache_dir=cache)
+    tokenizer = build_tokenizer()
+    tokenizer(["used before"], padding="max_length", truncation=True, max_length=2 + time.time_ns() % 50)
+    prepared, _ = prepare(dataset, tokenizer, max_length=8, packing=True)
+    return [prepared._fingerprint, *(file["filename"] for file in prepared.cache_files)]
 
 
 def write_rows(folder: Path) -> str:
@@ -267,18 +262,19 @@ def write_rows(folder: Path) -> str:
 
 
 def test_a_fresh_process_finds_the_cache(tmp_path):
-    """A second run, in another process and with a tokenizer that was used before, reads the first run's files."""
-    path = write_rows(tmp_path)
-    root = Path(__file__).parents[2]
-    outputs = []
-    for used_length in ("3", "5"):
-        command = [sys.executable, "-c", PREPARE_AND_PRINT, path, str(tmp_path / "cache"), used_length, "pack"]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
-        outputs.append(run.stdout.split("\n")[-2].split())
-        times = {file: Path(file).stat().st_mtime_ns for file in outputs[-1][1:]}
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0]) > 1
-    assert {file: Path(file).stat().st_mtime_ns for file in outputs[0][1:]} == times
+    """Another process, with a tokenizer that was used otherwise, reads the files that this one wrote."""
+    path, cache = write_rows(tmp_path), str(tmp_path / "cache")
+    first = prepare_file(path, cache)
+    times = [Path(file).stat().st_mtime_ns for file in first[1:]]
+    assert times
+    code = (
+        f"from tests.data.test_preparation import prepare_file; print(*prepare_file({path!r}, {cache!r}), sep='\\n')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
+    )
+    assert run.stdout.split("\n")[-len(first) - 1 : -1] == first
+    assert [Path(file).stat().st_mtime_ns for file in first[1:]] == times
 
 
 def test_another_limit_reuses_the_tokens(tmp_path, tokenizer, monkeypatch):
@@ -479,3 +475,27 @@ def test_long_texts_raise_no_length_warning(tokenizer, caplog):
     assert report.rows_truncated == 1
     assert report.longest == report.tokens_cut + 8
     assert np.isclose(report.median, report.longest)
+
+
+def test_packed_datasets_stay_packed(word_tokenizer):
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [3, 1]}]
+    prepared, _ = prepare(rows, word_tokenizer, max_length=4)
+    assert prepared[0] == rows[0]
+    for streaming in (False, True):
+        with pytest.raises(DatasetFormatError, match="row 0 have more than max_length=3"):
+            list(prepare(rows, word_tokenizer, max_length=3, streaming=streaming)[0])
+        error("packed already", rows, word_tokenizer, DatasetFormatError, packing=True, streaming=streaming)
+
+
+def test_tokenized_streams_without_tokens(word_tokenizer):
+    prepared, _ = prepare([{"input_ids": [1, 2]}, {"input_ids": None}], word_tokenizer, streaming=True)
+    with pytest.raises(DatasetFormatError, match="no `input_ids` .None. in row 1"):
+        list(prepared)
+
+
+@pytest.mark.parametrize(("eos_token", "share"), [(None, 0.0), ("</m>", 1.0)])
+def test_report_counts_the_stop_token_that_was_asked_for(eos_token, share, word_tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    _, report = prepare(rows, word_tokenizer, eos_token=eos_token)
+    assert report.stop_token_share == share
+    assert any("consider eos_token='</m>'" in note for note in report.notes) == (share == 0)

@@ -18,7 +18,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from .formats import describe_rows
-from .tokenization import IGNORE_INDEX, get_tokenizer
+from .token_lists import IGNORE_INDEX
+from .tokenization import get_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin

@@ -1,9 +1,8 @@
 """
 A dataset on its way to a language-modeling trainer: formatted, converted, tokenized, labelled, cut or packed, shuffled.
 
-Each step is one `datasets.map` over batches, cached on disk under a fingerprint computed here from the content of
-dataset, tokenizer and settings. A tokenizer object changes its state when it is used, so that pickling it, as
-`datasets` would, gives another fingerprint after every use; its content stays.
+Each step is one `datasets.map` over batches, cached on disk under a fingerprint of the dataset, the content of the
+tokenizer, and the settings (`trl.data.fingerprints`), so that a second run reads what the first one wrote.
 
 Tokenizing does not depend on `max_length`: trying another limit, or packing, reuses the tokens. Rows are cut and
 packed in Arrow, without a Python object per token.
@@ -12,21 +11,17 @@ packed in Arrow, without a Python object per token.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import logging
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import transformers
 from datasets import Dataset, IterableDataset
-from transformers import ProcessorMixin
 
+from .counting import count_examples, count_merged_prompts, count_packed_rows, iter_tables
+from .fingerprints import fingerprint_processing_class, fingerprint_step
 from .formats import (
     CONVERSATION,
     PROMPT_COMPLETION,
@@ -39,32 +34,23 @@ from .formats import (
     describe_rows,
     language_modeling,
 )
-from .packing import pack_dataset, packing_efficiency
-from .preflight import CUT_OFF, NO_TRAINED_TOKEN, PACKED_CONTEXT, PreparationReport
+from .packing import pack_dataset
+from .preflight import PreparationReport
 from .templating import maybe_convert_to_chatml
-from .tokenization import (
-    IGNORE_INDEX,
+from .token_lists import (
     TOKEN_COLUMNS,
     TRUNCATION_MODES,
-    RowTokenizer,
     TokenLists,
     build_labels,
     count_trained,
-    get_tokenizer,
     truncate_table,
 )
+from .tokenization import RowTokenizer, get_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
-
-# Part of every fingerprint: raise it when the same input is to give other tokens, so that old caches are not used.
-_ROUTINE_VERSION = 1
-
-_ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -167,33 +153,32 @@ def prepare_language_modeling_dataset(
         `ValueError`: the settings do not fit the rows, or nothing is left to train on.
     """
     dataset = _check_dataset(dataset, name)
-    first = _first_row(dataset, name)
-    tokenized = "input_ids" in first
-    if tokenized and formatting_func is not None:
-        warnings.warn(
-            f"The {name} dataset is tokenized already (it has `input_ids`), so formatting_func is ignored.",
-            UserWarning,
-            stacklevel=2,
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty: it has 0 rows, and at least 1 is needed.")
+    tokenizer = get_tokenizer(processing_class)
+    eos_token = _resolve_eos_token(tokenizer, options)
+    if "input_ids" in first:
+        if formatting_func is not None:
+            warnings.warn(
+                f"The {name} dataset is tokenized already (it has `input_ids`), so formatting_func is ignored.",
+                UserWarning,
+                stacklevel=2,
+            )
+        _check_tokenized(first, options, name)
+        row_tokenizer = None
+    else:
+        dataset, first, options = _to_messages_or_text(dataset, first, options, formatting_func, name)
+        row_tokenizer = RowTokenizer(
+            processing_class, options.dataset_text_field, eos_token, options.assistant_only_loss
         )
-    if not tokenized:
-        dataset, options = _apply_formatting(dataset, options, formatting_func)
-        _check_columns(list(next(iter(dataset))), options, name, _num_rows(dataset))
-        dataset = _convert_to_chatml(dataset)
-        first = next(iter(dataset))
-        shape = _check_columns(list(first), options, name)
-        if isinstance(dataset, Dataset):
-            check_rows(dataset, shape, "Language modeling", f"the {name} dataset")
     masks = _masks_for(first, options)
-    if tokenized:
-        _check_assistant_masks(first, options, name)
-    row_tokenizer = None if tokenized else _row_tokenizer(processing_class, options)
-    report = PreparationReport(name=name, max_length=options.max_length)
-    report.notes += _notes_on_masks(first, masks)
+    report = PreparationReport(name=name, max_length=options.max_length, notes=_notes_on_masks(first, masks))
     if isinstance(dataset, IterableDataset):
         report.streaming = True
-        return _prepare_stream(dataset, row_tokenizer, options, masks, report), report
-    tokenizer = get_tokenizer(processing_class)
-    return _prepare_table(dataset, row_tokenizer, tokenizer, options, masks, report), report
+        return _prepare_stream(dataset, list(first), row_tokenizer, options, masks, report), report
+    dataset = _tokenize_and_label(dataset, row_tokenizer, options, masks, report)
+    return _cut_or_pack(dataset, tokenizer, eos_token, options, report), report
 
 
 def check_unprepared_columns(column_names: Sequence[str], name: str = "train") -> None:
@@ -227,26 +212,13 @@ def _check_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
         raise TypeError(
             f"The {name} dataset must be a datasets.Dataset or IterableDataset, found {type(dataset).__name__}.{hint}"
         )
-    if isinstance(dataset, IterableDataset):
-        return dataset.with_format(None) if dataset._formatting is not None else dataset
-    if dataset.format["type"] == "custom":
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
             f"The {name} dataset has a transform (set_transform or with_transform) that runs when a row is read, so "
             "it cannot be prepared ahead. Apply it with dataset.map(...) and reset the format with "
             'dataset.with_format(None), or skip preparation with dataset_kwargs={"skip_prepare_dataset": True}.'
         )
     return dataset.with_format(None)
-
-
-def _first_row(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(f"The {name} dataset is empty: it has 0 rows, and at least 1 is needed.")
-    return row
-
-
-def _num_rows(dataset: Dataset | IterableDataset) -> int | None:
-    return None if isinstance(dataset, IterableDataset) else len(dataset)
 
 
 def _format_row(row: dict[str, Any], formatting_func: Callable[[dict], str]) -> dict[str, str]:
@@ -259,42 +231,57 @@ def _format_row(row: dict[str, Any], formatting_func: Callable[[dict], str]) -> 
     return {"text": text}
 
 
-def _apply_formatting(
+def _to_messages_or_text(
     dataset: Dataset | IterableDataset,
+    first: dict[str, Any],
     options: LanguageModelingOptions,
     formatting_func: Callable[[dict], str] | None,
-) -> tuple[Dataset | IterableDataset, LanguageModelingOptions]:
-    """Put the text that `formatting_func` makes into column `text`, which is then the only thing to tokenize."""
-    if formatting_func is None:
-        return dataset, options
-    if options.completion_only_loss:
-        raise ValueError(
-            "formatting_func makes one text of a row, so that prompt and completion cannot be told apart any more, but "
-            "completion_only_loss=True needs them apart. Drop formatting_func and map the dataset to `prompt` and "
-            "`completion`, or set completion_only_loss=False."
+    name: str,
+) -> tuple[Dataset | IterableDataset, dict[str, Any], LanguageModelingOptions]:
+    """Apply `formatting_func`, check the columns and rename ShareGPT's; also returns the first row as it is then."""
+    if formatting_func is not None:
+        if options.completion_only_loss:
+            raise ValueError(
+                "formatting_func makes one text of a row, so that prompt and completion cannot be told apart any "
+                "more, but completion_only_loss=True needs them apart. Drop formatting_func and map the dataset to "
+                "`prompt` and `completion`, or set completion_only_loss=False."
+            )
+        replaced = [column for column in _REPLACED_BY_TEXT if column in first]
+        first = {**_without(first, replaced), **_format_row(first, formatting_func)}
+        dataset = dataset.map(
+            _format_row,
+            fn_kwargs={"formatting_func": formatting_func},
+            remove_columns=replaced,
+            **_description(dataset, "Formatting", options.num_proc),
         )
-    first = next(iter(dataset))
-    dataset = dataset.map(
-        _format_row,
-        fn_kwargs={"formatting_func": formatting_func},
-        remove_columns=[column for column in ("messages", "conversations", "prompt", "completion") if column in first],
-        **_description(dataset, "Formatting", options.num_proc),
-    )
-    return dataset, replace(options, dataset_text_field="text", completion_only_loss=False)
+        options = replace(options, dataset_text_field="text", completion_only_loss=False)
+
+    num_rows = len(dataset) if isinstance(dataset, Dataset) else None
+    _check_columns(first, options, name, num_rows)
+    converted = maybe_convert_to_chatml(first)
+    if converted != first:
+        dataset = dataset.map(
+            maybe_convert_to_chatml,
+            remove_columns=[column for column in first if column not in converted],
+            **_description(dataset, "Converting", options.num_proc),
+        )
+    shape = _check_columns(converted, options, name, num_rows)
+    if isinstance(dataset, Dataset):
+        for first_row, table in iter_tables(dataset, shape.columns):
+            check_rows(table, shape, "Language modeling", f"the {name} dataset", first_row)
+    return dataset, converted, options
 
 
-def _convert_to_chatml(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Rename `from`/`value` to `role`/`content` and `conversations` to `messages`, where the rows use these names."""
-    row = next(iter(dataset))
-    converted = maybe_convert_to_chatml(dict(row))
-    if converted == row:
-        return dataset
-    replaced = [column for column in row if column not in converted]
-    return dataset.map(maybe_convert_to_chatml, remove_columns=replaced, **_description(dataset, "Converting"))
+# A text made of a row stands for these columns, which would otherwise be tokenized in its place.
+_REPLACED_BY_TEXT = ("messages", "conversations", "prompt", "completion")
+
+
+def _without(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column not in columns}
 
 
 def _check_columns(
-    columns: Sequence[str], options: LanguageModelingOptions, name: str, num_rows: int | None = None
+    columns: Iterable[str], options: LanguageModelingOptions, name: str, num_rows: int | None = None
 ) -> Shape:
     accepted = [PROMPT_COMPLETION, CONVERSATION, SHAREGPT, language_modeling(options.dataset_text_field), TOKENIZED]
     return check_columns(
@@ -302,12 +289,17 @@ def _check_columns(
     )
 
 
-def _check_assistant_masks(first: Mapping[str, Any], options: LanguageModelingOptions, name: str) -> None:
+def _check_tokenized(first: Mapping[str, Any], options: LanguageModelingOptions, name: str) -> None:
     if options.assistant_only_loss and "labels" not in first and "assistant_masks" not in first:
         raise DatasetFormatError(
             f"assistant_only_loss=True, but the {name} dataset is tokenized and has neither `assistant_masks` nor "
             "finished `labels`, so the assistant's tokens cannot be told from the others. Add one of the two, or give "
             "the dataset untokenized, as `messages`."
+        )
+    if "seq_lengths" in first and options.packing:
+        raise DatasetFormatError(
+            f"The {name} dataset is packed already (it has `seq_lengths`), and packing it again would join its "
+            "documents. Set packing=False and padding_free=True, or drop the column to pack each row as one document."
         )
 
 
@@ -335,17 +327,6 @@ def _notes_on_masks(first: Mapping[str, Any], masks: Sequence[str]) -> list[str]
     return notes
 
 
-def _row_tokenizer(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, options: LanguageModelingOptions
-) -> RowTokenizer:
-    return RowTokenizer(
-        processing_class,
-        text_field=options.dataset_text_field,
-        eos_token=_resolve_eos_token(get_tokenizer(processing_class), options),
-        assistant_mask=options.assistant_only_loss,
-    )
-
-
 def _resolve_eos_token(tokenizer: PreTrainedTokenizerBase, options: LanguageModelingOptions) -> str | None:
     if options.eos_token is None:
         return tokenizer.eos_token
@@ -357,46 +338,6 @@ def _resolve_eos_token(tokenizer: PreTrainedTokenizerBase, options: LanguageMode
             f"produce it.{hint} Special tokens: {', '.join(map(repr, tokenizer.all_special_tokens))}."
         )
     return options.eos_token
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fingerprints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint_processing_class(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str:
-    """
-    A hash of what a tokenizer does, equal in every process and before and after its use.
-
-    It covers the vocabulary, merges, normalization and special tokens, and the chat template; not the padding and
-    truncation that the last call happened to ask for.
-    """
-    tokenizer = get_tokenizer(processing_class)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = backend.to_str()
-        # The text begins with the version, then the truncation and padding of the last call.
-        content = content[max(content.find('"added_tokens"'), 0) :]
-    else:
-        content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs], default=str)
-    template = tokenizer.chat_template
-    processor_template = processing_class.chat_template if isinstance(processing_class, ProcessorMixin) else None
-    return _hash(
-        type(processing_class).__qualname__,
-        type(tokenizer).__qualname__,
-        content,
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        [template, processor_template],
-    )
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _fingerprint(dataset: Dataset, step: str, *parts: Any) -> str:
-    versions = [_ROUTINE_VERSION, transformers.__version__]
-    return _hash(dataset._fingerprint, step, versions, parts)
 
 
 def _description(dataset: Dataset | IterableDataset, verb: str, num_proc: int | None = None) -> dict[str, Any]:
@@ -417,11 +358,7 @@ def _token_lists(
 
     Also the number of prompt tokens that merged with the completion, where there are prompts.
     """
-    if row_tokenizer is None:
-        _check_no_missing_tokens(rows, indices)
-        encoded = rows
-    else:
-        encoded = row_tokenizer(rows, indices)
+    encoded = rows if row_tokenizer is None else row_tokenizer(rows, indices)
     lists = {
         column: TokenLists.from_lists(encoded[column], np.int8 if "mask" in column else np.int32)
         for column in TOKEN_COLUMNS
@@ -481,9 +418,12 @@ def encode_rows(
         if formatting_func is not None:
             rows = [_format_row(row, formatting_func) for row in rows]
             options = replace(options, dataset_text_field="text", completion_only_loss=False)
-        _check_columns(list(rows[0]), options, "previewed")
+        _check_columns(rows[0], options, "previewed")
         rows = [maybe_convert_to_chatml(row) for row in rows]
-        row_tokenizer = _row_tokenizer(processing_class, options)
+        eos_token = _resolve_eos_token(get_tokenizer(processing_class), options)
+        row_tokenizer = RowTokenizer(
+            processing_class, options.dataset_text_field, eos_token, options.assistant_only_loss
+        )
     masks = _masks_for(rows[0], options)
     batch = {column: [row.get(column) for row in rows] for column in rows[0]}
     lists, _ = _token_lists(batch, range(len(rows)), row_tokenizer, masks)
@@ -496,10 +436,9 @@ def encode_rows(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_table(
+def _tokenize_and_label(
     dataset: Dataset,
     row_tokenizer: RowTokenizer | None,
-    tokenizer: PreTrainedTokenizerBase,
     options: LanguageModelingOptions,
     masks: Sequence[str],
     report: PreparationReport,
@@ -508,20 +447,40 @@ def _prepare_table(
     if row_tokenizer is not None:
         dataset = _tokenize_table(dataset, row_tokenizer, options, masks, report)
     else:
-        for number, table in enumerate(_tables(dataset, [c for c in TOKEN_COLUMNS if c in dataset.column_names])):
-            columns = dict(zip(table.column_names, table.columns, strict=True))
-            first_row = number * _ROWS_AT_ONCE
-            _check_no_missing_tokens(columns, range(first_row, first_row + len(table)))
-        if "labels" not in dataset.column_names:
+        columns = [column for column in (*TOKEN_COLUMNS, "seq_lengths") if column in dataset.column_names]
+        for first_row, table in iter_tables(dataset, columns):
+            rows = dict(zip(table.column_names, table.columns, strict=True))
+            _check_tokens(rows, range(first_row, first_row + len(table)), options)
+        if "labels" not in columns:
             dataset = _map_arrow(dataset, "Labelling", _label_batch, options, masks=list(masks))
+    return dataset
 
+
+def _cut_or_pack(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token: str | None,
+    options: LanguageModelingOptions,
+    report: PreparationReport,
+) -> Dataset:
     limit, mode = _limit_before_packing(options)
-    needs_cut = _measure(dataset, tokenizer, limit, mode, report)
+    needs_cut = count_examples(dataset, tokenizer, eos_token, limit, mode, report)
     report.raise_if_unusable()
     if needs_cut:
         dataset = _map_arrow(dataset, "Truncating", _cut_batch, options, max_length=limit, mode=mode)
     if options.packing:
-        dataset = _pack(dataset, options, report)
+        if options.shuffle:
+            dataset = dataset.shuffle(seed=options.seed)
+        dataset = pack_dataset(
+            dataset.select_columns(["input_ids", "labels"]),
+            options.max_length,
+            options.packing_strategy,
+            _description(dataset, "Packing", options.num_proc),
+        )
+        kept = count_packed_rows(dataset, options.packing_strategy, options.max_length, report)
+        report.raise_if_unusable()
+        if not kept.all():
+            dataset = _map_arrow(dataset, "Filtering", _cut_batch, options, max_length=None, mode="keep_start")
     return dataset.shuffle(seed=options.seed) if options.shuffle else dataset
 
 
@@ -546,46 +505,39 @@ def _tokenize_table(
         batched=True,
         with_indices=True,
         fn_kwargs={"row_tokenizer": row_tokenizer, "masks": masks},
-        new_fingerprint=_fingerprint(dataset, "tokenize", content, settings),
+        new_fingerprint=fingerprint_step(dataset, "tokenize", content, settings),
         **_description(dataset, "Tokenizing", options.num_proc),
     )
     if "prompt_tokens_merged" in dataset.column_names:
-        merged = np.concatenate(
-            [np.asarray(batch["prompt_tokens_merged"]) for batch in _tables(dataset, ["prompt_tokens_merged"])]
-        )
-        _warn_about_merged_prompts(np.flatnonzero(merged), report)
+        tables = iter_tables(dataset, ["prompt_tokens_merged"])
+        merged = np.concatenate([table["prompt_tokens_merged"].to_numpy() for _, table in tables])
+        count_merged_prompts(np.flatnonzero(merged), report)
         dataset = dataset.remove_columns("prompt_tokens_merged")
     return dataset
 
 
-def _warn_about_merged_prompts(rows: np.ndarray, report: PreparationReport) -> None:
-    if not len(rows):
-        return
-    if not report.prompts_merged.count:
-        logger.warning(
-            "%s dataset: the prompt tokenized alone is not the beginning of prompt and completion together (%s). The "
-            "tokens from where they part are counted as completion. Prompts that end in a space, and chat templates "
-            "whose generation prompt is not how an assistant turn begins, cause this.",
-            report.name,
-            describe_rows(rows.tolist()),
-        )
-    report.prompts_merged.add(rows.tolist())
-
-
-def _check_no_missing_tokens(rows: Mapping[str, Any], indices: Sequence[int]) -> None:
-    """Refuse None where tokens are expected, in a batch of lists or in an Arrow table's columns."""
+def _check_tokens(rows: Mapping[str, Any], indices: Sequence[int], options: LanguageModelingOptions) -> None:
+    """Refuse tokenized rows that lack tokens, or are packed and over the limit; lists or Arrow columns."""
     for column in TOKEN_COLUMNS:
         if column in rows:
             values = rows[column]
-            missing = (
-                values.is_null().to_numpy() if isinstance(values, pa.ChunkedArray) else [v is None for v in values]
-            )
+            missing = values.is_null() if isinstance(values, pa.ChunkedArray) else [value is None for value in values]
             lost = np.asarray(indices)[np.flatnonzero(missing)]
             if len(lost):
                 raise DatasetFormatError(
                     f"There is no `{column}` (None) in {describe_rows(lost)} of the dataset. Drop such rows, e.g. "
                     f'dataset.filter(lambda row: row["{column}"] is not None).'
                 )
+    if "seq_lengths" in rows and options.max_length is not None:
+        packed = rows["input_ids"]
+        lists = TokenLists.from_arrow if isinstance(packed, pa.ChunkedArray) else TokenLists.from_lists
+        over = np.asarray(indices)[np.flatnonzero(lists(packed).lengths > options.max_length)]
+        if len(over):
+            raise DatasetFormatError(
+                f"The dataset is packed (it has `seq_lengths`), but {describe_rows(over)} have more than "
+                f"max_length={options.max_length} tokens, and cutting them would contradict `seq_lengths`. Raise "
+                "max_length, or set it to None."
+            )
 
 
 def _map_arrow(
@@ -597,100 +549,11 @@ def _map_arrow(
             function,
             batched=True,
             fn_kwargs=kwargs,
-            new_fingerprint=_fingerprint(dataset, verb, kwargs),
+            new_fingerprint=fingerprint_step(dataset, verb, kwargs),
             **_description(dataset, verb, options.num_proc),
         )
         .with_format(None)
     )
-
-
-def _tables(dataset: Dataset, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of some columns as Arrow tables."""
-    return dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
-
-
-def _measure(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int | None,
-    mode: str,
-    report: PreparationReport,
-) -> bool:
-    """Count into the report what the cut will leave; True if there is something to cut or to drop."""
-    lengths, trained_uncut, trained, stops, kept_lengths = [], [], [], [], []
-    stop_ids = np.array([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [], np.int64)
-    for table in _tables(dataset, ["input_ids", "labels"]):
-        lengths.append(TokenLists.from_arrow(table["input_ids"]).lengths)
-        trained_uncut.append(count_trained(table))
-        table = truncate_table(table, limit, mode)
-        trained.append(count_trained(table))
-        labels = TokenLists.from_arrow(table["labels"])
-        kept_lengths.append(labels.lengths)
-        stops.append(labels.count(np.isin(labels.values, stop_ids)) > 0)
-    lengths, trained_uncut, trained, stops, kept_lengths = map(
-        np.concatenate, (lengths, trained_uncut, trained, stops, kept_lengths)
-    )
-    kept = trained > 0
-    truncated = kept_lengths < lengths
-    report.rows_kept = int(kept.sum())
-    report.drop(NO_TRAINED_TOKEN, np.flatnonzero(trained_uncut == 0))
-    report.drop(CUT_OFF, np.flatnonzero((trained_uncut > 0) & ~kept))
-    report.tokens_trained = int(trained.sum())
-    report.tokens_context = int(kept_lengths[kept].sum()) - report.tokens_trained
-    report.rows_truncated = int((truncated & kept).sum())
-    report.tokens_cut = int((lengths - kept_lengths)[kept].sum())
-    report.longest, report.median = int(lengths.max()), float(np.median(lengths))
-    if len(stop_ids) and kept.any():
-        report.stop_tokens = [tokenizer.eos_token]
-        report.stop_token_share = float(stops[kept].mean())
-        whole = kept & ~truncated
-        if whole.any() and stops[whole].mean() < 0.5:
-            report.notes.append(_note_on_stop_token(dataset, tokenizer, np.flatnonzero(whole)[:1000]))
-    return bool(truncated.any() or not kept.all())
-
-
-def _note_on_stop_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> str:
-    """Most examples do not train the end-of-sequence token: say so, and which token they end with instead."""
-    added = np.array(sorted(tokenizer.get_added_vocab().values()), np.int64)
-    endings = Counter()
-    for labels in dataset.select(rows)["labels"]:
-        trained = np.array([label for label in labels if label != IGNORE_INDEX])[-2:]
-        endings.update(trained[np.isin(trained, added)][-1:].tolist())
-    note = (
-        f"{tokenizer.eos_token} is trained in few examples, so the model may not learn to stop there"
-        if tokenizer.eos_token
-        else "the tokenizer has no eos_token"
-    )
-    if endings and endings.most_common(1)[0][1] > len(rows) / 2:
-        ending = tokenizer.convert_ids_to_tokens(endings.most_common(1)[0][0])
-        return f"{note}; most examples end with {ending}: consider eos_token={ending!r}."
-    return f"{note}."
-
-
-def _pack(dataset: Dataset, options: LanguageModelingOptions, report: PreparationReport) -> Dataset:
-    if options.shuffle:
-        dataset = dataset.shuffle(seed=options.seed)
-    dataset = pack_dataset(
-        dataset.select_columns(["input_ids", "labels"]),
-        options.max_length,
-        options.packing_strategy,
-        _description(dataset, "Packing", options.num_proc),
-    )
-    columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
-    counts = [
-        (count_trained(table), TokenLists.from_arrow(table["input_ids"]).lengths)
-        for table in _tables(dataset, columns)
-    ]
-    trained, lengths = (np.concatenate(column) for column in zip(*counts, strict=True))
-    kept = trained > 0
-    if not kept.all():
-        report.drop(PACKED_CONTEXT, np.flatnonzero(~kept))
-        dataset = _map_arrow(dataset, "Filtering", _cut_batch, options, max_length=None, mode="keep_start")
-    report.packing_strategy, report.rows_packed = options.packing_strategy, int(kept.sum())
-    report.tokens_trained = int(trained.sum())
-    report.tokens_context = int(lengths[kept].sum()) - report.tokens_trained
-    report.packing_efficiency = packing_efficiency(lengths[kept], options.max_length)
-    return dataset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,12 +563,12 @@ def _pack(dataset: Dataset, options: LanguageModelingOptions, report: Preparatio
 
 def _prepare_stream(
     dataset: IterableDataset,
+    columns: list[str],
     row_tokenizer: RowTokenizer | None,
     options: LanguageModelingOptions,
     masks: Sequence[str],
     report: PreparationReport,
 ) -> IterableDataset:
-    limit, mode = _limit_before_packing(options)
     dataset = dataset.map(
         _encode_stream_batch,
         batched=True,
@@ -713,12 +576,10 @@ def _prepare_stream(
         fn_kwargs={
             "row_tokenizer": row_tokenizer,
             "masks": masks,
-            "max_length": limit,
-            "mode": mode,
-            "tokens_only": options.packing,
+            "options": options,
             "report": report,
         },
-        remove_columns=list(next(iter(dataset))),
+        remove_columns=columns,
     )
     if options.packing:
         if options.shuffle:
@@ -732,23 +593,23 @@ def _encode_stream_batch(
     indices: Sequence[int],
     row_tokenizer: RowTokenizer | None,
     masks: Sequence[str],
-    max_length: int | None,
-    mode: str,
-    tokens_only: bool,
+    options: LanguageModelingOptions,
     report: PreparationReport,
 ) -> dict[str, list]:
     """All steps on one batch of a stream; rows without a trained token end here, and are counted."""
+    if row_tokenizer is None:
+        _check_tokens(rows, indices, options)
     lists, merged = _token_lists(rows, indices, row_tokenizer, masks)
     if merged is not None:
-        _warn_about_merged_prompts(np.asarray(indices)[np.flatnonzero(merged)], report)
+        count_merged_prompts(np.asarray(indices)[np.flatnonzero(merged)], report)
     table = pa.table({name: column.to_arrow() for name, column in lists.items()})
-    uncut = count_trained(table)
-    table = truncate_table(table, max_length, mode)
+    trained_uncut = count_trained(table)
+    table = truncate_table(table, *_limit_before_packing(options))
     trained = count_trained(table)
+    report.count_stream(indices, trained_uncut, trained)
     kept = trained > 0
-    report.count_stream(indices, uncut, trained)
     table = table.filter(pa.array(kept))
-    if tokens_only:
+    if options.packing:
         return {name: table[name].to_pylist() for name in ("input_ids", "labels")}
     others = {
         name: [value for value, keep in zip(column, kept, strict=True) if keep]

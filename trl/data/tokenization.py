@@ -5,8 +5,7 @@ A row is plain text, a conversation, or a prompt with its completion (either of 
 where asked for, `completion_mask` (1 from the first token that differs from the prompt's own) and `assistant_masks`
 (1 on what the assistant wrote). Masks are found by position; no token value means anything here.
 
-The second half works on Arrow tables: labels, the cut at `max_length`, and the counts that the pre-flight report
-shows, for a thousand rows at a time and without a Python loop over tokens.
+What follows (labels, truncation, packing) works on whole columns: `trl.data.token_lists`, `trl.data.packing`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from transformers import ProcessorMixin
 
 from .chat_templates import tokenize_conversation
@@ -29,11 +24,6 @@ from .vision import prepare_multimodal_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100
-TRUNCATION_MODES = ("keep_start", "keep_end")
-TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "token_type_ids")
-"""Columns with one entry per token: they are cut together."""
 
 
 def get_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -57,7 +47,10 @@ def tokenize_text(processing_class: PreTrainedTokenizerBase | ProcessorMixin, te
     if not texts:
         return []
     # verbose=False: a text beyond the model's length is no news here, it is cut later and the report counts it.
-    return get_tokenizer(processing_class)(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    encoded = get_tokenizer(processing_class)(
+        texts, padding=False, truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return encoded["input_ids"]
 
 
 def append_eos(text: str, eos_token: str | None) -> str:
@@ -97,9 +90,9 @@ def parse_tools(tools: Any, row: int | str = "?") -> list | None:
     Raises:
         `ValueError`: the text is not JSON, or is not a list.
     """
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools.strip() or "null")
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"Row {row}: `tools` is text but not JSON ({error}). It must hold a list of tool schemas."
@@ -277,123 +270,3 @@ def _add_note(error: Exception, note: str) -> None:
     """Append a note to an error's own message, so that it shows on every Python version and in every log."""
     if error.args and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]} {note}", *error.args[1:])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token columns as Arrow lists
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TokenLists:
-    """One column of lists: all values in one array, and the length of each row."""
-
-    values: np.ndarray
-    lengths: np.ndarray
-
-    @classmethod
-    def from_arrow(cls, column: pa.Array | pa.ChunkedArray) -> TokenLists:
-        column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
-        return cls(pc.list_flatten(column).to_numpy(zero_copy_only=False), lengths)
-
-    @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]], dtype: type = np.int32) -> TokenLists:
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        return cls(np.fromiter(chain.from_iterable(rows), dtype, lengths.sum()), lengths)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.lengths)])
-
-    def to_arrow(self) -> pa.ListArray:
-        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.values))
-
-    def to_arrays(self) -> list[np.ndarray]:
-        return np.split(self.values, self.offsets[1:-1]) if len(self.lengths) else []
-
-    def truncate(self, max_length: int, mode: str) -> TokenLists:
-        """At most `max_length` values per row, of the start or of the end."""
-        lengths = np.minimum(self.lengths, max_length)
-        first = self.offsets[:-1] + (self.lengths - lengths if mode == "keep_end" else 0)
-        new_starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
-        index = np.arange(lengths.sum()) + np.repeat(first - new_starts, lengths)
-        return TokenLists(self.values[index], lengths)
-
-    def count(self, hits: np.ndarray) -> np.ndarray:
-        """Number of True among each row's entries of `hits` (one entry per value)."""
-        cumulative = np.concatenate([[0], np.cumsum(hits)])
-        offsets = self.offsets
-        return cumulative[offsets[1:]] - cumulative[offsets[:-1]]
-
-
-def build_labels(input_ids: TokenLists, masks: Mapping[str, TokenLists]) -> TokenLists:
-    """
-    Labels of rows of tokens: the token itself where all masks are 1, -100 elsewhere.
-
-    Args:
-        input_ids ([`TokenLists`]):
-            The tokens.
-        masks (`Mapping[str, TokenLists]`):
-            By column name, 0 or 1 for each token. None: every token is trained.
-
-    Raises:
-        `ValueError`: a mask has another length than its `input_ids`.
-    """
-    labels = input_ids.values.copy()
-    for name, mask in masks.items():
-        unequal = np.flatnonzero(mask.lengths != input_ids.lengths)
-        if len(unequal):
-            raise ValueError(
-                f"`{name}` and `input_ids` must have one entry per token, but their lengths differ in "
-                f"{describe_rows(unequal.tolist())} of a batch."
-            )
-        labels[mask.values == 0] = IGNORE_INDEX
-    return TokenLists(labels, input_ids.lengths)
-
-
-def truncate_table(table: pa.Table, max_length: int | None, mode: str = "keep_start") -> pa.Table:
-    """
-    The table with its token columns cut to `max_length`.
-
-    Args:
-        table (`pa.Table`):
-            Has `input_ids`; the other columns of [`TOKEN_COLUMNS`] are cut with it.
-        max_length (`int` or `None`):
-            Longest row kept, in tokens; `None` cuts nothing.
-        mode (`str`, defaults to `"keep_start"`):
-            `"keep_start"` or `"keep_end"`.
-
-    Raises:
-        `ValueError`: `mode` is neither.
-    """
-    if mode not in TRUNCATION_MODES:
-        raise ValueError(f"truncation_mode={mode!r} is unknown; use one of {', '.join(map(repr, TRUNCATION_MODES))}.")
-    if max_length is None:
-        return table
-    lengths = TokenLists.from_arrow(table["input_ids"]).lengths
-    if not len(lengths) or lengths.max() <= max_length:
-        return table
-    for index, name in enumerate(table.column_names):
-        if name in TOKEN_COLUMNS:
-            cut = TokenLists.from_arrow(table[name]).truncate(max_length, mode).to_arrow()
-            table = table.set_column(index, name, cut)
-    return table
-
-
-def count_trained(table: pa.Table) -> np.ndarray:
-    """
-    Number of tokens of each row that are trained, int64 `[rows]`.
-
-    The first token of a document has nothing before it that could predict it, so its label never counts. In a packed
-    row (`seq_lengths`) each document has its own first token.
-    """
-    labels = TokenLists.from_arrow(table["labels"])
-    trained = labels.values != IGNORE_INDEX
-    if "seq_lengths" in table.column_names:
-        documents = TokenLists.from_arrow(table["seq_lengths"]).values
-        starts = np.concatenate([[0], np.cumsum(documents)])[:-1][documents > 0]
-    else:
-        starts = labels.offsets[:-1][labels.lengths > 0]
-    trained[starts.astype(np.int64)] = False
-    return labels.count(trained)
