@@ -103,6 +103,7 @@ def vendor_templates() -> list[Path]:
 
 def tokenizer_of(template: str):
     tokenizer = build_tokenizer(template)
+    tokenizer.bos_token = "<|endoftext|>"
     tokenizer.add_tokens(sorted(set(SPECIAL.findall(template))), special_tokens=True)
     return tokenizer
 
