@@ -9,12 +9,14 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trl import SFTConfig, SFTTrainer
+from trl.ops.layouts import PackingNotSupportedError
+from trl.trainer.sft_trainer import dft_loss
 
 from ..conftest import build_model, build_tokenizer, load_reference
 
@@ -289,6 +291,28 @@ def test_a_fully_trained_head_beside_the_adapter(tmp_path, tokenizer):
     assert not torch.equal(before, head)
 
 
+def test_prompt_tuning_scores_the_same_tokens(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        PAIRS,
+        peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        eval_dataset=Dataset.from_dict(PAIRS),
+    )
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[
+                0, -len(row["labels"]) : -1
+            ]
+        targets = torch.tensor(row["labels"])[1:]
+        total += nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+        count += (targets != -100).sum().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+    trainer.train()
+
+
 # ---- Metrics and evaluation ----
 
 
@@ -388,6 +412,16 @@ def test_compute_loss_func_still_works(tmp_path, tokenizer):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_dft_of_full_logits_is_the_dft_of_the_fused_head(tmp_path, tokenizer):
+    with pytest.warns(FutureWarning, match="compute_loss_func"):
+        custom = make_trainer(tmp_path, tokenizer, PAIRS, compute_loss_func=dft_loss)
+    custom.train()
+    fused = make_trainer(tmp_path, tokenizer, PAIRS, loss_type="dft")
+    fused.train()
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (custom, fused)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_return_outputs_warns_and_gives_logits(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     trainer.current_gradient_accumulation_steps = 1
@@ -446,6 +480,15 @@ def test_refused_arguments(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, completion_only_loss=True, formatting_func=str)
     with pytest.raises(ValueError, match="`loss_type='dft'` is a loss of its own"):
         make_trainer(tmp_path, tokenizer, loss_type="dft", compute_loss_func=print)
+
+
+def test_a_recurrent_model_cannot_be_packed(tmp_path, tokenizer):
+    model = build_model(architecture="mamba", state_size=4)
+    with pytest.raises(PackingNotSupportedError):
+        make_trainer(tmp_path, tokenizer, model=model, packing=True, max_length=32)
+    prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(PackingNotSupportedError, match="learned tokens"):
+        make_trainer(tmp_path, tokenizer, peft_config=prompt_tuning, packing=True, max_length=32)
 
 
 def test_images_need_a_processor(tmp_path, tokenizer):

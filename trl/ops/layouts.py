@@ -54,6 +54,10 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """The reason why a model cannot keep packed documents apart, or `None` if it can."""
     name, config = type(model).__name__, model.config.get_text_config()
+    if getattr(model, "_has_virtual_tokens", False):
+        return (
+            "The adapter puts learned tokens before a row, and in a packed row only the first document would see them"
+        )
     layer_types = set(getattr(config, "layer_types", None) or ())
     others = sorted(layer_types - _MASKED_LAYERS)
     if getattr(model, "_is_stateful", False) or others:

@@ -207,7 +207,19 @@ def install_scoring(model: nn.Module) -> PreTrainedModel:
             )
         causal_lm._is_backbone_and_head = _is_backbone_and_head(causal_lm)
         redirect_forward(causal_lm, "_plain_forward", _model_forward)
+    causal_lm._has_virtual_tokens = _has_virtual_tokens(model, causal_lm)
     return causal_lm
+
+
+def _has_virtual_tokens(model: nn.Module, causal_lm: nn.Module) -> bool:
+    """Whether an adapter around the model puts learned tokens or keys before each row (prompt and prefix tuning)."""
+    for module in model.modules():
+        if module is causal_lm:
+            return False
+        adapter = getattr(module, "active_peft_config", None)
+        if adapter is not None:
+            return adapter.is_prompt_learning
+    return False
 
 
 def redirect_forward(module: nn.Module, name: str, function: Callable) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -30,8 +32,9 @@ from ..losses.language_modeling import LANGUAGE_MODELING_LOSSES
 from ..models.adapters import prepare_peft_model
 from ..models.fused_head import install_scoring
 from ..models.moe import resolve_router_aux_loss
-from ..ops.layouts import is_packed, prepare_packed
+from ..ops.layouts import check_packable, is_packed, prepare_packed
 from ..ops.scoring import TokenScores, score_tokens
+from ..ops.tensors import selective_log_softmax
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_type, is_peft_model
 from .setup import (
     apply_chat_template_path,
@@ -54,7 +57,40 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["DataCollatorForLanguageModeling", "DataCollatorForVisionLanguageModeling", "SFTTrainer"]
+__all__ = [
+    "FLASH_ATTENTION_VARIANTS",
+    "DataCollatorForLanguageModeling",
+    "DataCollatorForVisionLanguageModeling",
+    "SFTTrainer",
+    "dft_loss",
+]
+
+# Attention implementations that take documents packed into one row as they are.
+FLASH_ATTENTION_VARIANTS = {
+    "flash_attention_2",
+    "flash_attention_3",
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3",
+    "kernels-community/vllm-flash-attn3",
+}
+
+
+def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """
+    Dynamic Fine-Tuning's loss of full logits, in the form of a `compute_loss_func`
+    (https://huggingface.co/papers/2508.05629). `loss_type="dft"` gives the same without holding the logits.
+
+    Args:
+        outputs: the model's outputs, with `logits` of shape [B, T, V].
+        labels: [B, T], -100 where a token is not trained.
+        num_items_in_batch: trained tokens to divide by; by default those of this batch.
+    """
+    targets_BT = labels[:, 1:]
+    trained_BT = targets_BT != -100
+    logps_BT = selective_log_softmax(outputs.logits[:, :-1], targets_BT.clamp(min=0))
+    losses_BT = -logps_BT.detach().exp() * logps_BT
+    count = trained_BT.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return (losses_BT * trained_BT).sum() / count
 
 
 class SFTTrainer(_BaseTrainer):
@@ -136,15 +172,14 @@ class SFTTrainer(_BaseTrainer):
         install_scoring(model)
 
         # What the collator and the preparation need to know.
-        self.completion_only_loss = (
-            {"prompt", "completion"} <= example.keys()
-            if args.completion_only_loss is None
-            else args.completion_only_loss
-        )
+        has_completions = formatting_func is None and {"prompt", "completion"} <= example.keys()
+        self.completion_only_loss = has_completions if args.completion_only_loss is None else args.completion_only_loss
         self.chat_template = self._training_chat_template(args, processing_class)
         # One collator serves both datasets; rows without neighbours are laid out padding-free as well.
         packs_whole_documents = (args.packing or args.eval_packing) and args.packing_strategy != "wrapped"
         self.padding_free = bool(args.padding_free or packs_whole_documents)
+        if self.padding_free:
+            check_packable(install_scoring(model))
         if data_collator is None:
             data_collator = self._default_collator(args, processing_class)
         self._formatting_func = formatting_func
@@ -261,6 +296,8 @@ class SFTTrainer(_BaseTrainer):
             reason = (
                 "`truncation_mode='keep_end'`, which would cut image tokens. Use `keep_start` or `max_length=None`"
             )
+        elif args.assistant_only_loss and Version(transformers.__version__) < Version("5.18"):
+            reason = f"`assistant_only_loss` on transformers {transformers.__version__}. It needs 5.18 or newer"
         if reason:
             raise ValueError(f"A dataset with images does not go with {reason}.")
 
