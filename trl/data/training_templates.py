@@ -61,18 +61,15 @@ GENERATION_PROMPT = """\
 """
 
 # Cut the text at headers. `trl_marks` is the text with quoted headers fenced off, `trl_given` what the generation prompt
-# writes behind the header, `stop` where the assistant's words end within a piece.
+# writes behind the header, `stop` where the assistant's words end within a piece. FENCED stands for the filters that write
+# a quoted token in fence characters.
 CUT_AT_HEADERS = """\
-{%- set trl_quote = namespace(messages=[], found=false, content='') -%}
+{%- set trl_quote = namespace(messages=messages, found=false) -%}
 {%- for message in messages -%}
-{%- set trl_quote.content = message.content -%}
-{%- for token in trl_tokens if message.content is string -%}
-{%- set trl_quote.content = trl_quote.content | replace(token, trl_fence * token | length) -%}
-{%- endfor -%}
-{%- if trl_quote.content == message.content -%}
-{%- set trl_quote.messages = trl_quote.messages + [message] -%}
-{%- else -%}
-{%- set trl_quote.messages = trl_quote.messages + [dict(message, content=trl_quote.content)] -%}
+{%- set fenced = message.content FENCED if message.content is string else '' -%}
+{%- if fenced and fenced != message.content -%}
+{%- set trl_quote.messages = trl_quote.messages[:loop.index0] + [dict(message, content=fenced)] -%}
+{%- set trl_quote.messages = trl_quote.messages + messages[loop.index:] -%}
 {%- set trl_quote.found = true -%}
 {%- endif -%}
 {%- endfor -%}
@@ -258,8 +255,9 @@ def _wrappings(source: TemplateRenderer, form: TurnFormat) -> Iterator[str]:
     constants = _constants(form)
     # Without a generation prompt, headers may belong to a user's turn that nobody answered.
     ways = [CUT_AT_HEADERS, CUT_AT_PREFIXES] if form.generation_prompt else [CUT_AT_PREFIXES]
+    fenced = "".join(f"| replace({_literal(token)}, {_literal(FENCE * len(token))}) " for token in form.tokens)
     for way in ways:
-        yield head + constants + GENERATION_PROMPT + way
+        yield head + constants + GENERATION_PROMPT + way.replace("FENCED ", fenced)
 
 
 def _constants(form: TurnFormat) -> str:
@@ -270,10 +268,8 @@ def _constants(form: TurnFormat) -> str:
         "prompts": bool(form.generation_prompt),
         "ends": tuple(form.ends),
         "closing": [(token, len(token)) for token in form.ends] + [(token, 0) for token in form.openers],
-        "tokens": form.tokens,
         "repeats": form.repeats_header,
         "question": question,
-        "fence": FENCE,
     }
     return "".join(f"{{%- set trl_{name} = {_literal(value)} -%}}\n" for name, value in values.items())
 
