@@ -196,6 +196,12 @@ def test_merged_prompt_tokens_warn_once(tokenizer, caplog):
     assert "prompt_tokens_merged" not in prepared.column_names
 
 
+def test_merged_prompt_tokens_warn_once_in_a_stream(tokenizer, caplog):
+    prepared, report = prepare([{"prompt": "the sk", "completion": "y"}] * 1100, tokenizer, streaming=True)
+    assert len(list(prepared)) == report.prompts_merged.count == 1100
+    assert len([record for record in caplog.records if "prompt and completion together" in record.message]) == 1
+
+
 def test_processor_for_text_only_rows(tokenizer):
     """A processor's template reads content as blocks; its tokens come out unbatched."""
     processor = build_processor(tokenizer)
