@@ -426,6 +426,18 @@ def test_prefix_preserving():
     assert not is_chat_template_prefix_preserving(tokenizer_for(CLOSING_EOS))
 
 
+def test_prefix_preserving_with_arguments_as_text():
+    """A template that wants arguments as text is judged by its calls, not by a conversation without any."""
+    text_calls = CHATML.replace(
+        "{{ message['content'] + '<|im_end|>' }}",
+        "{{ message['content'] + (message.tool_calls[0].function.arguments + ('' if loop.last else ' ') "
+        "if message.tool_calls else '') + '<|im_end|>' }}",
+    )
+    assert text_calls != CHATML
+    assert not is_chat_template_prefix_preserving(tokenizer_for(text_calls))
+    assert is_chat_template_prefix_preserving(tokenizer_for(text_calls.replace("('' if loop.last else ' ')", "''")))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Published templates: set TRL_TEST_CHAT_TEMPLATES to a folder of them
 

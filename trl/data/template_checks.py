@@ -21,6 +21,13 @@ _CALL = {
         {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
     ],
 }
+# Some templates want the arguments as JSON text.
+_TEXT_CALL = {
+    **_CALL,
+    "tool_calls": [
+        {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    ],
+}
 _RESULT = {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "sunny"}
 
 
@@ -38,7 +45,7 @@ def is_chat_template_prefix_preserving(processing_class: ProcessingClass) -> boo
         after = tokenize_conversation(processing_class, longer, add_generation_prompt=True)["input_ids"]
         return after[: len(before)] == before
 
-    for call, follow_up in ((_CALL, _RESULT), (_ANSWER, _QUESTION)):
+    for call, follow_up in ((_CALL, _RESULT), (_TEXT_CALL, _RESULT), (_ANSWER, _QUESTION)):
         try:
             return begins([_QUESTION, call], [_QUESTION, call, follow_up])
         except (jinja2.TemplateError, TypeError, KeyError, ValueError):
