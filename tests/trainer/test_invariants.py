@@ -180,12 +180,11 @@ def test_cuts_and_layouts_agree(tmp_path, expected, layout, cut, checkpointing):
     assert_same_training(actual, expected)
 
 
-@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])  # compiles
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_backends_agree(tmp_path, expected, layout, attention):
-    """Packed documents stay apart whatever computes the attention (the other cases use sdpa)."""
+def test_eager_attention_agrees(tmp_path, expected, layout):
+    """Packed documents stay apart under eager attention too; the other cases use sdpa."""
     model = build_model()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager")
     actual = train(
         tmp_path, ROWS, model, per_device_train_batch_size=4, gradient_accumulation_steps=3, **LAYOUTS[layout]
     )
@@ -305,16 +304,19 @@ def test_a_micro_batch_without_trained_token_in_a_step_that_has_some(tmp_path, l
     assert_same_training(actual, plain_training([ROWS] * 3))
 
 
+# Flex attention is compiled, which takes a while, and has no backward pass on a CPU.
+@pytest.mark.parametrize("attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_evaluation_loss_is_the_same(tmp_path, layout):
+def test_evaluation_loss_is_the_same(tmp_path, layout, attention):
     """The mean over all trained tokens of the evaluation data, for any batch size and layout."""
-    model = build_model()
     with torch.no_grad():
-        results = [document_loss(model, row, "nll") for row in ROWS]
+        results = [document_loss(build_model(), row, "nll") for row in ROWS]
     expected = sum(loss.item() for loss, _ in results) / sum(count for _, count in results)
+    model = build_model()
+    model.set_attn_implementation(attention)
     for batch_size in (1, 5, 12):
         trainer = make_trainer(
-            tmp_path, ROWS, eval_rows=ROWS, per_device_eval_batch_size=batch_size, **LAYOUTS[layout]
+            tmp_path, ROWS, model, eval_rows=ROWS, per_device_eval_batch_size=batch_size, **LAYOUTS[layout]
         )
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=TOLERANCE)
 
@@ -349,37 +351,50 @@ import json, sys
 import torch
 from tests.trainer.test_invariants import LAYOUTS, ROWS, make_trainer, step_losses, trained_weights
 
-layout, batch_size, accumulation, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+layout, batch_size, accumulation, evaluate_first, output = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 settings = dict(
     LAYOUTS[layout], per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
     per_device_eval_batch_size=batch_size,
 )
-trainer = make_trainer(output, ROWS, eval_rows=ROWS[:10], **settings)
-before = trainer.evaluate()["eval_loss"]
+eval_rows = ROWS[:int(sys.argv[6])]
+trainer = make_trainer(output, ROWS, eval_rows=eval_rows, eval_packing=False, **settings)
+if evaluate_first:
+    trainer.evaluate()
 trainer.train()
-weights = trained_weights(trainer.model)
+tokens = trainer.state.log_history[-2]["num_tokens"]
+eval_loss = trainer.evaluate()["eval_loss"]
+torch.save(trained_weights(trainer.model), f"{output}/weights_{trainer.args.process_index}.pt")
 if trainer.is_world_process_zero():
-    torch.save(weights, output + "/weights.pt")
-    with open(output + "/result.json", "w") as file:
+    with open(f"{output}/result.json", "w") as file:
         json.dump({
-            "losses": step_losses(trainer), "processes": trainer.accelerator.num_processes, "eval_loss": before,
-            "tokens": trainer.state.log_history[-2]["num_tokens"],
+            "losses": step_losses(trainer), "processes": trainer.accelerator.num_processes, "eval_loss": eval_loss,
+            "tokens": tokens,
         }, file)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "cut"), [("padded", (2, 3)), ("padded", (6, 1)), ("padding_free", (3, 2)), ("packed", (1, 3))]
+    ("layout", "cut", "evaluate_first", "eval_rows"),
+    [
+        ("padded", (2, 3), False, 12),
+        # Evaluating prepares the model too, which must not keep it from being wrapped for training.
+        pytest.param("padded", (6, 1), True, 12, marks=pytest.mark.xfail(strict=True, reason="trained unwrapped")),
+        # The last evaluation batch is filled up with rows that were seen already.
+        pytest.param("padded", (2, 3), False, 10, marks=pytest.mark.xfail(strict=True, reason="fillers count")),
+        ("padding_free", (3, 2), False, 12),
+        pytest.param("padding_free", (3, 2), False, 7, marks=pytest.mark.xfail(strict=True, reason="fillers count")),
+        ("packed", (1, 3), False, 12),
+    ],
 )
-def test_two_processes_agree(tmp_path, expected, layout, cut):
+def test_two_processes_agree(tmp_path, expected, layout, cut, evaluate_first, eval_rows):
     """Two processes of half the rows each: the counts are over both, so the losses and weights are those of one."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [*command, layout, *map(str, cut), str(tmp_path)],
+        [*command, layout, *map(str, cut), str(int(evaluate_first)), str(tmp_path), str(eval_rows)],
         cwd=ROOT,
         env=environment,
         timeout=300,
@@ -391,8 +406,12 @@ def test_two_processes_agree(tmp_path, expected, layout, cut):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["processes"] == 2
     assert result["tokens"] == 3 * sum(len(row["input_ids"]) for row in ROWS)
-    assert_same_training((result["losses"], torch.load(tmp_path / "weights.pt", weights_only=True)), expected)
+    model = build_model()
+    for process in range(2):
+        weights = torch.load(tmp_path / f"weights_{process}.pt", weights_only=True)
+        assert_same_training((result["losses"], weights), expected)
+        model.load_state_dict(weights, strict=False)
     with torch.no_grad():
-        results = [document_loss(build_model(), row, "nll") for row in ROWS[:10]]
+        results = [document_loss(model, row, "nll") for row in ROWS[:eval_rows]]
     mean = sum(loss.item() for loss, _ in results) / sum(count for _, count in results)
-    assert result["eval_loss"] == pytest.approx(mean, abs=TOLERANCE)
+    assert result["eval_loss"] == pytest.approx(mean, abs=2 * TOLERANCE)
