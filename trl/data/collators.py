@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.data.data_collator import DataCollatorMixin
 
 from .templating import apply_chat_template
+from .token_lists import IGNORE_INDEX
 from .vision import prepare_multimodal_messages
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-IGNORE_INDEX = -100
 """Label of a token that is not trained; what PyTorch's cross-entropy and the losses of this package skip."""
 
 

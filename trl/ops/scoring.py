@@ -34,11 +34,10 @@ from .head import (
     token_objective,
     token_statistics,
 )
-from .layouts import choose_layout, find_backbone, is_packed, pack_padded, prepare_packed, unpack_scores
+from .layouts import IGNORE_INDEX, choose_layout, find_backbone, is_packed, pack_padded, prepare_packed, unpack_scores
 
 logger = logging.get_logger(__name__)
 
-IGNORE_INDEX = -100
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

@@ -25,7 +25,11 @@ from transformers.utils import logging
 from ..data.chat_templates import has_generation_markers
 from ..data.collators import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 from ..data.formats import is_conversational
-from ..data.preparation import LanguageModelingOptions, prepare_language_modeling_dataset
+from ..data.preparation import (
+    LanguageModelingOptions,
+    check_unprepared_columns,
+    prepare_language_modeling_dataset,
+)
 from ..data.template_checks import is_chat_template_stop_token_trained
 from ..data.training_templates import get_training_chat_template
 from ..losses.language_modeling import LANGUAGE_MODELING_LOSSES
@@ -380,18 +384,19 @@ class SFTTrainer(_BaseTrainer):
     def prepare_dataset(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """Tokenize, label, truncate or pack, unless the dataset is used as it is (asked for, or images)."""
         args = self.args
-        skip = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False) or self._is_vision_dataset
-        if skip:
-            self._check_unprepared(dataset)
+        if self._is_vision_dataset:  # the collator reads messages and images as they are
             return dataset
-        if args.assistant_only_loss:
-            example = next(iter(dataset), {})
-            if "input_ids" not in example and not is_conversational(example) and "conversations" not in example:
-                raise ValueError(
-                    "You set `assistant_only_loss=True`, but the dataset is not conversational: it has the columns "
-                    f"{', '.join(example) or '(none)'}. Without turns nobody is the assistant. Use `messages` (or "
-                    "conversational `prompt` and `completion`), or turn the option off."
-                )
+        example = next(iter(dataset), {})
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset", False):
+            check_unprepared_columns(list(example), name)
+            return dataset
+        conversational = "input_ids" in example or "conversations" in example or is_conversational(example)
+        if args.assistant_only_loss and not conversational:
+            raise ValueError(
+                "You set `assistant_only_loss=True`, but the dataset is not conversational: it has the columns "
+                f"{', '.join(example) or '(none)'}. Without turns nobody is the assistant. Use `messages` (or "
+                "conversational `prompt` and `completion`), or turn the option off."
+            )
         options = self._preparation_options()
         if not name.startswith("train"):
             packing = args.packing if args.eval_packing is None else args.eval_packing
@@ -418,15 +423,6 @@ class SFTTrainer(_BaseTrainer):
             seed=args.seed,
             num_proc=args.dataset_num_proc,
         )
-
-    def _check_unprepared(self, dataset: AnyDataset) -> None:
-        example = next(iter(dataset), {})
-        masks = [name for name in ("completion_mask", "assistant_masks") if name in example]
-        if masks and "labels" not in example and not self._is_vision_dataset:
-            raise ValueError(
-                f"`skip_prepare_dataset` is set and the dataset has `{masks[0]}` but no `labels`: the mask would be "
-                "ignored and everything trained. Put -100 into `labels` where it is 0, or let the trainer prepare it."
-            )
 
     # ---- Loss ----
 
