@@ -379,11 +379,11 @@ if trainer.is_world_process_zero():
     [
         ("padded", (2, 3), False, 12),
         # Evaluating prepares the model too, which must not keep it from being wrapped for training.
-        pytest.param("padded", (6, 1), True, 12, marks=pytest.mark.xfail(strict=True, reason="trained unwrapped")),
+        ("padded", (6, 1), True, 12),
         # The last evaluation batch is filled up with rows that were seen already.
-        pytest.param("padded", (2, 3), False, 10, marks=pytest.mark.xfail(strict=True, reason="fillers count")),
+        ("padded", (2, 3), False, 10),
         ("padding_free", (3, 2), False, 12),
-        pytest.param("padding_free", (3, 2), False, 7, marks=pytest.mark.xfail(strict=True, reason="fillers count")),
+        ("padding_free", (3, 2), False, 7),
         ("packed", (1, 3), False, 12),
     ],
 )

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_peft_available, logging
@@ -162,6 +163,23 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
             eval_dataset = self.prepare_datasets(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def get_eval_dataloader(self, eval_dataset: AnyDataset | str | None = None) -> DataLoader:
+        """
+        The evaluation batches. Processes take equal numbers of rows, so a short last batch is filled up: with rows
+        that train nothing, rather than with rows that were seen already and would count twice.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        per_step = self.args.eval_batch_size * self.accelerator.num_processes
+        fillable = isinstance(dataset, Dataset) and "labels" in dataset.column_names and self.compute_metrics is None
+        missing = -len(dataset) % per_step if fillable else 0
+        if self.accelerator.num_processes == 1 or not missing or self.args.dataloader_persistent_workers:
+            return super().get_eval_dataloader(eval_dataset)
+        row = dataset[0]
+        filler = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])}], features=dataset.features)
+        return super().get_eval_dataloader(concatenate_datasets([dataset, *[filler] * missing]))
+
     # ---- Training ----
 
     def train(self, *args: Any, **kwargs: Any):
@@ -209,6 +227,9 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.reducer.clear("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Prepared for evaluation alone; training would take it as it is, without gradient synchronisation.
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         # The base class averages batch means; these are means over items, `loss` among them.
         for name, value in self.reducer.reduce("eval").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value

@@ -17,7 +17,13 @@ from typing import Any
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    has_length,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -25,6 +31,40 @@ logger = logging.get_logger(__name__)
 # The leading underscore keeps it out of Hub uploads, and its name out of the search for the last checkpoint.
 STAGING_DIR = "_checkpoint_in_progress"
 EXTRA_STATE_NAME = "trl_state.json"
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """
+    The newest checkpoint of a folder that holds every file it was saved with; a newer incomplete one is warned of.
+
+    A checkpoint lists its files (`trl_state.json`). One without a list, from another program, counts where it has a
+    trainer state.
+    """
+    if not os.path.isdir(output_dir):
+        return None
+    for checkpoint in reversed(sort_checkpoints(output_dir)):
+        missing = _missing_files(checkpoint)
+        if not missing:
+            return checkpoint
+        logger.warning(f"{checkpoint} is incomplete ({missing[0]} is missing): looking for an older checkpoint.")
+    return None
+
+
+def _missing_files(checkpoint: str) -> list[str]:
+    expected = [TRAINER_STATE_NAME]
+    extra_state = os.path.join(checkpoint, EXTRA_STATE_NAME)
+    if os.path.isfile(extra_state):
+        with open(extra_state, encoding="utf-8") as file:
+            expected += json.load(file).get("files", [])
+    return [name for name in expected if not os.path.exists(os.path.join(checkpoint, name))]
+
+
+def _files_below(folder: str) -> list[str]:
+    return sorted(
+        os.path.relpath(os.path.join(directory, name), folder)
+        for directory, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 class AtomicCheckpointMixin:
@@ -39,10 +79,29 @@ class AtomicCheckpointMixin:
 
     def _extra_state(self) -> dict[str, Any]:
         """What to remember besides weights, optimizer, scheduler and RNG, in JSON's types. Called on every process."""
-        return {}
+        return {"pass": self._pass, "pass_began_at_step": self._pass_began_at_step}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `_extra_state` returned. Called on every process."""
+        self._pass, self._pass_began_at_step = state["pass"], state["pass_began_at_step"]
+
+    # The base class works out from the step where it stopped in the data, which takes the data's length. A stream has
+    # none, so the pass over it and the step at which that pass began are remembered.
+    _pass = 0
+    _pass_began_at_step = 0
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        self._pass = self._pass_began_at_step = 0
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        if self._resumed_from is not None and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
+            steps = self.state.global_step - self._pass_began_at_step
+            return self._pass, steps * self.args.gradient_accumulation_steps
+        return passes, batches
+
+    def _run_epoch(self, *args: Any, epoch: int, epochs_trained: int, **kwargs: Any) -> None:
+        if not (self._resumed_from is not None and epoch == epochs_trained):  # else: restored, in the middle of a pass
+            self._pass, self._pass_began_at_step = epoch, self.state.global_step
+        super()._run_epoch(*args, epoch=epoch, epochs_trained=epochs_trained, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging if self._staging is not None else super()._get_output_dir(trial)
@@ -78,7 +137,7 @@ class AtomicCheckpointMixin:
                 self.state.best_model_checkpoint = best if found else best_before
                 self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
                 with open(os.path.join(staged, EXTRA_STATE_NAME), "w", encoding="utf-8") as file:
-                    json.dump(extra_state, file)
+                    json.dump({**extra_state, "files": _files_below(staged)}, file)
             self.accelerator.wait_for_everyone()  # every process has written its part
             if self.args.local_process_index == 0:
                 self._publish(staged, final)
@@ -117,10 +176,10 @@ class AtomicCheckpointMixin:
         """
         if resume_from_checkpoint is True:
             output_dir = self.args.output_dir
-            resume_from_checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+            resume_from_checkpoint = last_complete_checkpoint(output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"`resume_from_checkpoint=True`, but there is no checkpoint in {os.path.abspath(output_dir)}. Start "
+                    f"`resume_from_checkpoint=True`, but there is no checkpoint (a complete one) in {os.path.abspath(output_dir)}. Start "
                     "without it, or name the checkpoint's folder."
                 )
         elif resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
