@@ -46,25 +46,33 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
         missing = _missing_files(checkpoint)
         if not missing:
             return checkpoint
-        logger.warning(f"{checkpoint} is incomplete ({missing[0]} is missing): looking for an older checkpoint.")
+        logger.warning(
+            f"{checkpoint} is incomplete ({missing[0]} is missing or cut short): looking for an older checkpoint."
+        )
     return None
 
 
 def _missing_files(checkpoint: str) -> list[str]:
-    expected = [TRAINER_STATE_NAME]
+    """Files that a checkpoint was saved with and that are absent or shorter now."""
+    sizes = {TRAINER_STATE_NAME: None}
     extra_state = os.path.join(checkpoint, EXTRA_STATE_NAME)
     if os.path.isfile(extra_state):
-        with open(extra_state, encoding="utf-8") as file:
-            expected += json.load(file).get("files", [])
-    return [name for name in expected if not os.path.exists(os.path.join(checkpoint, name))]
+        try:
+            with open(extra_state, encoding="utf-8") as file:
+                sizes.update(json.load(file).get("files", {}))
+        except json.JSONDecodeError:
+            return [EXTRA_STATE_NAME]
+    paths = {name: os.path.join(checkpoint, name) for name in sizes}
+    return [
+        name
+        for name, size in sizes.items()
+        if not os.path.isfile(paths[name]) or (size is not None and os.path.getsize(paths[name]) != size)
+    ]
 
 
-def _files_below(folder: str) -> list[str]:
-    return sorted(
-        os.path.relpath(os.path.join(directory, name), folder)
-        for directory, _, names in os.walk(folder)
-        for name in names
-    )
+def _file_sizes(folder: str) -> dict[str, int]:
+    paths = [os.path.join(directory, name) for directory, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(path, folder): os.path.getsize(path) for path in sorted(paths)}
 
 
 class AtomicCheckpointMixin:
@@ -136,9 +144,11 @@ class AtomicCheckpointMixin:
                 found = self.state.best_global_step and (best == final or os.path.isdir(best))
                 self.state.best_model_checkpoint = best if found else best_before
                 self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-                with open(os.path.join(staged, EXTRA_STATE_NAME), "w", encoding="utf-8") as file:
-                    json.dump({**extra_state, "files": _files_below(staged)}, file)
             self.accelerator.wait_for_everyone()  # every process has written its part
+            if self.args.should_save:
+                files = _file_sizes(staged)  # before it is opened: the list does not name itself
+                with open(os.path.join(staged, EXTRA_STATE_NAME), "w", encoding="utf-8") as file:
+                    json.dump({**extra_state, "files": files}, file)
             if self.args.local_process_index == 0:
                 self._publish(staged, final)
             self.accelerator.wait_for_everyone()
