@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,6 +97,13 @@ class LanguageModelingOptions:
     shuffle: bool = False
     seed: int = 42
     num_proc: int | None = None
+
+    @classmethod
+    def of(cls, config: Any, **overrides: Any) -> LanguageModelingOptions:
+        """The options among a training config's fields; `overrides` win."""
+        renamed = {"shuffle": "shuffle_dataset", "num_proc": "dataset_num_proc"}
+        values = {field.name: getattr(config, renamed.get(field.name, field.name)) for field in fields(cls)}
+        return cls(**{**values, **overrides})
 
     def __post_init__(self):
         if self.truncation_mode not in TRUNCATION_MODES:

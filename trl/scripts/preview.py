@@ -54,14 +54,7 @@ def preview_sft(
 
     processing_class = _processing_class(training_args, model_args)
     dataset = load_script_dataset(script_args, dataset_args)
-    options = LanguageModelingOptions(
-        dataset_text_field=training_args.dataset_text_field,
-        eos_token=training_args.eos_token,
-        completion_only_loss=training_args.completion_only_loss,
-        assistant_only_loss=training_args.assistant_only_loss,
-        max_length=training_args.max_length,
-        truncation_mode=training_args.truncation_mode,
-    )
+    options = LanguageModelingOptions.of(training_args, packing=False, shuffle=False)
     return preview(
         select_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
         processing_class,

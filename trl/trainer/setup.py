@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.utils import logging
 
 from ..data.template_cloning import clone_chat_template
+from ..data.template_rendering import inner_tokenizer
 from ..models.loading import create_model_from_path, get_config_model_id, load_processing_class
 from .base_config import _BaseConfig
 
@@ -120,11 +121,6 @@ def resolve_processing_class(
             f"{type(processing_class).__name__}."
         )
     return processing_class
-
-
-def inner_tokenizer(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def _token_id_in_vocabulary(tokenizer: PreTrainedTokenizerBase, token: str, field: str) -> int:

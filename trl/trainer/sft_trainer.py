@@ -31,6 +31,7 @@ from ..data.preparation import (
     prepare_language_modeling_dataset,
 )
 from ..data.template_checks import is_chat_template_stop_token_trained
+from ..data.template_rendering import inner_tokenizer
 from ..data.training_templates import get_training_chat_template
 from ..losses.language_modeling import LANGUAGE_MODELING_LOSSES
 from ..models.adapters import prepare_peft_model
@@ -43,7 +44,6 @@ from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_
 from .setup import (
     apply_chat_template_path,
     check_single_device_per_process,
-    inner_tokenizer,
     resolve_args,
     resolve_model,
     resolve_processing_class,
@@ -397,7 +397,7 @@ class SFTTrainer(_BaseTrainer):
                 f"{', '.join(example) or '(none)'}. Without turns nobody is the assistant. Use `messages` (or "
                 "conversational `prompt` and `completion`), or turn the option off."
             )
-        options = self._preparation_options()
+        options = LanguageModelingOptions.of(args, completion_only_loss=self.completion_only_loss)
         if not name.startswith("train"):
             packing = args.packing if args.eval_packing is None else args.eval_packing
             options = replace(options, packing=packing)
@@ -407,22 +407,6 @@ class SFTTrainer(_BaseTrainer):
         self._preflight_reports.append(report)
         report.raise_if_unusable()
         return dataset
-
-    def _preparation_options(self) -> LanguageModelingOptions:
-        args = self.args
-        return LanguageModelingOptions(
-            dataset_text_field=args.dataset_text_field,
-            eos_token=args.eos_token,
-            completion_only_loss=self.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            packing=args.packing,
-            packing_strategy=args.packing_strategy,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed,
-            num_proc=args.dataset_num_proc,
-        )
 
     # ---- Loss ----
 
