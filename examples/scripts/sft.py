@@ -20,7 +20,7 @@ A LoRA adapter, on several GPUs:
         --output_dir Qwen3-0.6B-SFT
 
 The same from a file, `--config run.yaml`, with flags that overrule it. To change more than flags can say, copy
-`trl/scripts/sft.py`: its `main` is the whole method in forty lines.
+`trl/scripts/sft.py` and what its `main` calls in `trl/scripts/training.py`: the whole script is there.
 """
 
 from trl.scripts.sft import main, make_parser

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 import trl
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts import sft
+from trl.scripts.training import checkpoint_to_resume
 
 ROWS = [{"prompt": f"what is {i} plus 1? ", "completion": f"the answer is {i + 1}."} for i in range(12)]
 
@@ -105,7 +106,7 @@ def test_push(recorder, flags, data_folder):
     [(None, None), ("true", True), ("True", True), ("false", None), ("a/checkpoint-1", "a/checkpoint-1")],
 )
 def test_what_to_resume(text, value):
-    assert sft.checkpoint_to_resume(text) == value
+    assert checkpoint_to_resume(text) == value
 
 
 def test_model_init_kwargs(recorder, flags):
