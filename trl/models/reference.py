@@ -1,15 +1,35 @@
 """
-A frozen copy of a policy, and what makes a model deterministic and recognisable.
+The policy that a method holds the trained one against, and what makes a model deterministic and recognisable.
+
+A reference is a frozen copy, or, where an adapter is trained, the same model seen without it (or with the adapter it
+began with). Either way it is asked through `ReferencePolicy.score`.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
+from packaging.version import Version
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_peft_available
+
+from ..ops.scoring import TokenScores, install_scoring, score_tokens
+from .adapters import use_adapter
+from .distributed import prepare_deepspeed, prepare_fsdp
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Name of the frozen adapter that stands for the reference beside the one that is trained.
+REFERENCE_ADAPTER = "ref"
 
 # Where the layers of common architectures are, as parameter names.
 LAYER_PATTERNS = [
@@ -80,21 +100,174 @@ def disable_dropout_in_model(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def hash_module(module: nn.Module) -> str:
+def hash_module(module: nn.Module, skip: Callable[[str], bool] | None = None) -> str:
     """
     A fingerprint of a module's weights: equal exactly when names, types, shapes and bits of all are equal.
 
     Args:
         module: any module; its parameters and persistent buffers count.
+        skip: names of weights that do not count. Default: all count.
 
     Returns:
         SHA-256 as hexadecimal text.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or (skip is not None and skip(name)):
             continue
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- The reference of a run ----
+
+
+def add_reference_adapter(model: PeftModel) -> bool:
+    """
+    Keep the adapter that a model comes with, frozen, as the reference: a copy of it under the name `"ref"`.
+
+    Args:
+        model: a PeftModel about to be trained further.
+
+    Returns:
+        False where PEFT cannot do it (0.17 to 0.19 with LoRA on `target_parameters`); a warning says what the
+        reference is then.
+    """
+    import peft
+
+    name = model.active_adapter
+    config = model.peft_config[name]
+    version = Version(peft.__version__)
+    if getattr(config, "target_parameters", None) and Version("0.17") <= version < Version("0.20"):
+        warnings.warn(
+            f"PEFT {version} cannot hold two adapters on `target_parameters`, so the reference is the base model "
+            "without an adapter, not the adapter that the model came with. Update PEFT to 0.20 or newer."
+        )
+        return False
+    model.add_adapter(REFERENCE_ADAPTER, config)
+    parameters = dict(model.named_parameters())
+    for parameter_name, parameter in parameters.items():
+        parts = parameter_name.split(".")
+        if REFERENCE_ADAPTER not in parts:
+            continue
+        source = ".".join(name if part == REFERENCE_ADAPTER else part for part in parts)
+        parameter.data.copy_(parameters[source].data)
+        parameter.requires_grad_(False)
+    return True
+
+
+class ReferencePolicy:
+    """
+    The frozen policy that log-ratios are taken against.
+
+    Args:
+        model: a model of its own. None: the policy itself, without its adapter or with the one called `"ref"`.
+
+    `ReferencePolicy.of` chooses; `prepare` places it beside the policy; `score` asks it.
+    """
+
+    def __init__(self, model: nn.Module | None = None):
+        self.model = model
+
+    @classmethod
+    def of(
+        cls,
+        policy: nn.Module,
+        ref_model: nn.Module | None = None,
+        *,
+        came_with_adapter: bool = False,
+        load: Callable[[], nn.Module] | None = None,
+    ) -> ReferencePolicy:
+        """
+        The reference of a run that is about to start.
+
+        Args:
+            policy: the model to train, its adapter included.
+            ref_model: the user's own reference.
+            came_with_adapter: the policy was given with an adapter, which the reference then has too, frozen.
+            load: loads the policy's weights once more, where it cannot be copied (ZeRO-3, several devices).
+        """
+        if ref_model is None and is_peft_available():
+            from peft import PeftModel
+
+            if isinstance(policy, PeftModel):
+                if came_with_adapter:
+                    add_reference_adapter(policy)
+                return cls()
+        if ref_model is None:
+            spread = len(set((getattr(policy, "hf_device_map", None) or {}).values())) > 1
+            ref_model = load() if load is not None and (spread or is_deepspeed_zero3_enabled()) else None
+        if ref_model is None:
+            ref_model = create_reference_model(policy)
+        ref_model.requires_grad_(False)
+        ref_model.config.use_cache = False
+        install_scoring(ref_model)
+        return cls(ref_model.eval())
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the reference is the policy itself, under another adapter or none."""
+        return self.model is None
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place a model of its own as the policy is placed: on the device, or sharded by DeepSpeed or FSDP."""
+        if self.model is None:
+            return
+        if accelerator.state.deepspeed_plugin is not None:
+            self.model = prepare_deepspeed(self.model, accelerator)
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            self.model = prepare_fsdp(self.model, accelerator)
+        else:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+
+    @contextmanager
+    def _as_reference(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The model to ask, for the time of the block."""
+        if self.model is not None:
+            yield self.model
+            return
+        inner = _find_peft_model(policy)
+        if inner is None:  # before the first step, a policy without an adapter is its own reference
+            yield policy
+            return
+        with use_adapter(inner, REFERENCE_ADAPTER if REFERENCE_ADAPTER in inner.peft_config else None):
+            yield policy
+
+    @torch.no_grad()
+    def score(self, policy: nn.Module, batch: Mapping[str, Any], **options: Any) -> TokenScores:
+        """
+        Score a batch without gradients; see `trl.ops.scoring.score_tokens`.
+
+        Args:
+            policy: the trained model, wrapped as it is trained.
+            batch: inputs of the model with `labels`.
+            **options: of `score_tokens`.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "output_router_logits"}
+        with self._as_reference(policy) as model:
+            return score_tokens(model, inputs, **options)
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        """A hash of the weights that the reference computes with."""
+        if self.model is not None:
+            return hash_module(self.model)
+        inner = _find_peft_model(policy)
+        if inner is None:
+            return hash_module(policy)
+        return hash_module(inner, skip=_unused_adapter_weights(inner))
+
+
+def _find_peft_model(model: nn.Module) -> PeftModel | None:
+    if not is_peft_available():
+        return None
+    from peft import PeftModel
+
+    return next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+
+
+def _unused_adapter_weights(model: PeftModel) -> Callable[[str], bool]:
+    """Which weights the reference does not look at: those of every adapter but the one called `"ref"`."""
+    adapters = set(model.peft_config) - {REFERENCE_ADAPTER}
+    return lambda name: not adapters.isdisjoint(name.split("."))

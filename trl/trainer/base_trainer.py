@@ -27,6 +27,7 @@ from ..data.preflight import PreparationReport
 from ..extras.profiling import profiling_decorator
 from ..models.activation_offloading import get_act_offloading_ctx_manager
 from ..models.selective_activation_checkpointing import enable_selective_activation_checkpointing
+from ..ops.layouts import is_packed, prepare_packed
 from ..reports.model_card import generate_model_card
 from ..reports.plots import plot_training_curves
 from ..reports.tracking import get_comet_experiment_url, get_trackio_space_url, get_wandb_run_url
@@ -69,6 +70,8 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
     citation: str | None = None
 
     args: _BaseConfig
+    # Where a batch holds what `compute_metrics` gets as labels.
+    _label_key = "labels"
 
     def __init__(self, *args: Any, **kwargs: Any):
         config: _BaseConfig = kwargs["args"]
@@ -171,14 +174,23 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
+        fillable = (
+            isinstance(dataset, Dataset)
+            and self.accelerator.num_processes > 1
+            and self.compute_metrics is None
+            and not self.args.dataloader_persistent_workers
+        )
         per_step = self.args.eval_batch_size * self.accelerator.num_processes
-        fillable = isinstance(dataset, Dataset) and "labels" in dataset.column_names and self.compute_metrics is None
         missing = -len(dataset) % per_step if fillable else 0
-        if self.accelerator.num_processes == 1 or not missing or self.args.dataloader_persistent_workers:
+        row = self._uncounted_row(dataset[0]) if missing else None
+        if row is None:
             return super().get_eval_dataloader(eval_dataset)
-        row = dataset[0]
-        filler = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])}], features=dataset.features)
+        filler = Dataset.from_list([row], features=dataset.features)
         return super().get_eval_dataloader(concatenate_datasets([dataset, *[filler] * missing]))
+
+    def _uncounted_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """A prepared row like `row` that neither the loss nor a metric counts; None where there is none."""
+        return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
 
     # ---- Training ----
 
@@ -218,11 +230,18 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager(), cp_context():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs).detach(), None, None
-            labels = inputs.get("labels")
+            labels = inputs.get(self._label_key)
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         ignored = {"loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))}
         values = tuple(value for key, value in outputs.items() if key not in ignored)
         return loss.detach(), values[0] if len(values) == 1 else values, labels
+
+    def _full_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The model's own outputs for a batch, logits included: what `compute_metrics` gets, at its price."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        if is_packed(inputs):
+            inputs, _ = prepare_packed(self.accelerator.unwrap_model(model), inputs)
+        return model(**{**inputs, "use_cache": False})
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.reducer.clear("eval")

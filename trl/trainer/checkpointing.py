@@ -79,7 +79,8 @@ class AtomicCheckpointMixin:
     """
     Trainer methods that write a checkpoint whole, and restore what the trainer itself remembers.
 
-    A subclass extends `_extra_state` and `_load_extra_state` with what its own exact resumption needs.
+    A subclass extends `_extra_state` and `_load_extra_state` with what its own exact resumption needs, and
+    `_save_extra_files` and `_load_extra_files` where that is tensors.
     """
 
     _staging: str | None = None
@@ -92,6 +93,12 @@ class AtomicCheckpointMixin:
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `_extra_state` returned. Called on every process."""
         self._pass, self._pass_began_at_step = state["pass"], state["pass_began_at_step"]
+
+    def _save_extra_files(self, folder: str) -> None:
+        """Write further files into a checkpoint that is being made. Called on every process."""
+
+    def _load_extra_files(self, checkpoint: str) -> None:
+        """Read what `_save_extra_files` wrote. Called on every process."""
 
     # The base class works out from the step where it stopped in the data, which takes the data's length. A stream has
     # none, so the pass over it and the step at which that pass began are remembered.
@@ -139,6 +146,7 @@ class AtomicCheckpointMixin:
             super()._save_checkpoint(model, trial)
             extra_state = self._extra_state()
             staged = os.path.join(staging, folder)
+            self._save_extra_files(staged)
             if self.args.should_save:
                 # The base class looked for the best checkpoint inside the staging folder.
                 found = self.state.best_global_step and (best == final or os.path.isdir(best))
@@ -204,3 +212,4 @@ class AtomicCheckpointMixin:
         if self._resumed_from is not None and os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 self._load_extra_state(json.load(file))
+            self._load_extra_files(self._resumed_from)

@@ -123,6 +123,22 @@ def resolve_processing_class(
     return processing_class
 
 
+def check_is_processor(processing_class: ProcessingClass) -> None:
+    """Refuse a tokenizer where the dataset has images."""
+    if not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            "The dataset has images, but the `processing_class` is a tokenizer, which cannot read them. Pass the "
+            "processor of a vision-language model (AutoProcessor.from_pretrained)."
+        )
+
+
+def expect_unused_parameters(args: TrainingArguments) -> None:
+    """Tell DDP that a batch may leave weights without gradients: text alone does not reach a vision tower."""
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
+
+
 def _token_id_in_vocabulary(tokenizer: PreTrainedTokenizerBase, token: str, field: str) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
     if token_id is None or token not in tokenizer.get_vocab():

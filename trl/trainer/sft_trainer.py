@@ -37,13 +37,15 @@ from ..losses.language_modeling import LANGUAGE_MODELING_LOSSES
 from ..models.adapters import prepare_peft_model
 from ..models.fused_head import install_scoring
 from ..models.moe import resolve_router_aux_loss
-from ..ops.layouts import check_packable, is_packed, prepare_packed
+from ..ops.layouts import check_packable
 from ..ops.scoring import TokenScores, score_tokens
 from ..ops.tensors import selective_log_softmax
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_type, is_peft_model
 from .setup import (
     apply_chat_template_path,
+    check_is_processor,
     check_single_device_per_process,
+    expect_unused_parameters,
     resolve_args,
     resolve_model,
     resolve_processing_class,
@@ -164,11 +166,8 @@ class SFTTrainer(_BaseTrainer):
 
         model = resolve_model(model, args, quantization_config)
         processing_class = resolve_processing_class(processing_class, model, args)
-        if self._is_vision_dataset and not isinstance(processing_class, ProcessorMixin):
-            raise ValueError(
-                "The dataset has images, but the `processing_class` is a tokenizer, which cannot read them. Pass the "
-                "processor of a vision-language model (AutoProcessor.from_pretrained)."
-            )
+        if self._is_vision_dataset:
+            check_is_processor(processing_class)
         model, processing_class = self._set_special_tokens(args, model, processing_class, peft_config, data_collator)
         if peft_config is not None or is_peft_model(model):
             model = prepare_peft_model(model, peft_config, args)
@@ -193,7 +192,8 @@ class SFTTrainer(_BaseTrainer):
         if eval_dataset is not None:
             eval_dataset = self.prepare_datasets(eval_dataset, "eval")
         self.router_aux_loss_coef, self.aux_loss_enabled = resolve_router_aux_loss(model, args.router_aux_loss_coef)
-        self._ddp_settings_for_vision(args)
+        if self._is_vision_dataset:
+            expect_unused_parameters(args)
 
         super().__init__(
             model=model,
@@ -365,12 +365,6 @@ class SFTTrainer(_BaseTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
 
-    def _ddp_settings_for_vision(self, args: SFTConfig) -> None:
-        # A text-only batch leaves the vision tower without gradients.
-        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if self._is_vision_dataset and args.ddp_find_unused_parameters is None and not reentrant:
-            args.ddp_find_unused_parameters = True
-
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = (
@@ -474,12 +468,6 @@ class SFTTrainer(_BaseTrainer):
             # The count is over all processes, whose gradients are then averaged.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
-
-    def _full_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        if is_packed(inputs):
-            inputs, _ = prepare_packed(self.accelerator.unwrap_model(model), inputs)
-        return model(**{**inputs, "use_cache": False})
 
     def _loss_from_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
