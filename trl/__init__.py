@@ -57,6 +57,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "WeaveCallback",
         ],
         "trl.trainer.model_config": ["ModelConfig"],
+        "trl.trainer.reward_config": ["RewardConfig"],
+        "trl.trainer.reward_trainer": ["RewardTrainer"],
         "trl.trainer.sft_config": ["SFTConfig"],
         "trl.trainer.sft_trainer": ["SFTTrainer"],
         "trl.trainer.utils": ["get_peft_config", "get_quantization_config"],

@@ -74,7 +74,7 @@ class RewardConfig(_BaseConfig):
         default=None,
         metadata={
             "help": "Weight of the squared sum of a pair's two rewards, which pulls rewards towards a mean of 0 "
-            "(https://huggingface.co/papers/2312.09244 uses 0.01). None: no such term."
+            "(https://huggingface.co/papers/2312.09244; 0.01 is usual). None: no such term."
         },
     )
     activation_offloading: bool = field(

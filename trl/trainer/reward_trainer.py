@@ -8,13 +8,11 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
@@ -24,8 +22,8 @@ from transformers import (
 )
 from transformers.utils import is_peft_available
 
-from ..data.preference_collators import DataCollatorForRewardPreference
 from ..data.preference_preparation import PreferenceOptions, prepare_reward_dataset
+from ..data.reward_collator import DataCollatorForPreference
 from ..data.template_rendering import inner_tokenizer
 from ..losses.reward import bradley_terry_loss, centering_penalty
 from ..models.adapters import prepare_peft_model
@@ -50,11 +48,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 __all__ = ["DataCollatorForPreference", "RewardTrainer", "suppress_seqcls_warning"]
-
-
-@dataclass
-class DataCollatorForPreference(DataCollatorForRewardPreference):
-    __doc__ = DataCollatorForRewardPreference.__doc__
 
 
 # ---- A language model becomes a reward model ----
@@ -305,7 +298,7 @@ class RewardTrainer(_BaseTrainer):
         if rewards_R.dtype in (torch.float16, torch.bfloat16):
             rewards_R = rewards_R.float()
         chosen_B, rejected_B = rewards_R.chunk(2)
-        if self.mode == "eval" and self.accelerator.num_processes > 1:  # leave out what `get_eval_dataloader` filled up
+        if self.mode == "eval" and self.accelerator.num_processes > 1:  # uncounted rows fill up batches
             real_B = inputs["attention_mask"].chunk(2)[0].any(dim=1)
             chosen_B, rejected_B = chosen_B[real_B], rejected_B[real_B]
             margins_B = None if margins_B is None else margins_B[real_B]
@@ -346,21 +339,8 @@ class RewardTrainer(_BaseTrainer):
 
     # ---- Evaluation ----
 
-    def get_eval_dataloader(self, eval_dataset: AnyDataset | str | None = None) -> DataLoader:
-        """
-        The evaluation batches. Processes take equal numbers of rows, so a short last batch is filled up: with empty
-        rows, rather than with rows that were seen already and would count twice.
-        """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        processes = self.accelerator.num_processes
-        fillable = isinstance(dataset, Dataset) and self.compute_metrics is None
-        missing = -len(dataset) % (self.args.eval_batch_size * processes) if fillable else 0
-        if processes == 1 or not missing or self.args.dataloader_persistent_workers:
-            return super().get_eval_dataloader(eval_dataset)
-        filler = Dataset.from_list([{**dataset[0], "chosen_ids": [], "rejected_ids": []}], features=dataset.features)
-        return super().get_eval_dataloader(concatenate_datasets([dataset, *[filler] * missing]))
+    def _uncounted_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "chosen_ids": [], "rejected_ids": []}
 
     def prediction_step(
         self,
