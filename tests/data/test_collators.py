@@ -1,12 +1,12 @@
 """Rows become batches: padded, padding-free, packed, and with images."""
 
-import copy
 import json
 
 import pytest
 import torch
 
 from tests.conftest import build_model, load_reference
+from tests.data.vision_helpers import IMAGE_TOKENS, build_gemma_processor, build_image, build_processor
 from trl.data.collators import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 CASES = {name: case for name, case in load_reference("data").items() if name.startswith("collate_lm_")}
@@ -107,33 +107,15 @@ def test_lengths_that_differ(row, message):
 
 # ---- Images ----
 
-IMAGE_TOKENS = 4  # 28 x 28 pixels in patches of 14
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}{% generation %}"
-    "{% for b in m.content %}{{ b.text }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}{% else %}"
-    "{% for b in m.content %}{{ '<image>' if b.type == 'image' else b.text }}{% endfor %}{{ '<|im_end|>' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-
 
 @pytest.fixture
 def processor(tokenizer):
-    """A real Llava processor around the small tokenizer; nothing is downloaded."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="full", chat_template=TEMPLATE
-    )
+    return build_processor(tokenizer)
 
 
 @pytest.fixture
 def image():
-    from PIL import Image
-
-    return Image.new("RGB", (28, 28), (200, 30, 30))
+    return build_image()
 
 
 def conversation(answer="blue"):
@@ -318,17 +300,7 @@ def test_special_tokens_of_the_tokenizer(conversational, processor, image):
 
 @pytest.fixture
 def gemma_processor(tokenizer):
-    """A processor whose placeholder becomes other tokens than itself, and that tells image tokens by type."""
-    from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer),
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        extra_special_tokens={"image_token": "<soft>", "boi_token": "<image>", "eoi_token": "</image>"},
-    )
-    images = Gemma3ImageProcessor(size={"height": 28, "width": 28})
-    return Gemma3Processor(images, tokenizer, chat_template=TEMPLATE, image_seq_length=IMAGE_TOKENS)
+    return build_gemma_processor(tokenizer)
 
 
 def test_token_types_follow_the_tokens(gemma_processor, image):

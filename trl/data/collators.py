@@ -13,17 +13,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.data.data_collator import DataCollatorMixin
 
-from .templating import apply_chat_template
+from .padding import as_tensor, pad_right
 from .token_lists import IGNORE_INDEX
 from .vision import prepare_multimodal_messages
+from .vision_batches import append_completions, cut_and_pad, encode_prompts, images_of, render_answers
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-"""Label of a token that is not trained; what PyTorch's cross-entropy and the losses of this package skip."""
 
 
 @dataclass
@@ -64,9 +62,9 @@ class DataCollatorForLanguageModeling(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        input_ids = [_as_tensor(example["input_ids"]) for example in examples]
+        input_ids = [as_tensor(example["input_ids"]) for example in examples]
         labels = [
-            _as_tensor(example["labels"]) if "labels" in example else ids.clone()
+            as_tensor(example["labels"]) if "labels" in example else ids.clone()
             for example, ids in zip(examples, input_ids, strict=True)
         ]
         if "seq_lengths" in examples[0]:
@@ -99,14 +97,14 @@ class DataCollatorForLanguageModeling(DataCollatorMixin):
 
     def _pad(self, input_ids: list[torch.Tensor], labels: list[torch.Tensor], lengths: list[list[int]]) -> dict:
         batch = {
-            "input_ids": _pad_right(input_ids, self.pad_token_id, self.pad_to_multiple_of),
-            "labels": _pad_right(labels, IGNORE_INDEX, self.pad_to_multiple_of),
+            "input_ids": pad_right(input_ids, self.pad_token_id, self.pad_to_multiple_of),
+            "labels": pad_right(labels, IGNORE_INDEX, self.pad_to_multiple_of),
         }
         if self.return_position_ids:
             position_ids = self.get_position_ids_from_packed_seq_lengths(lengths)
-            batch["position_ids"] = _pad_right(position_ids, 0, self.pad_to_multiple_of)
+            batch["position_ids"] = pad_right(position_ids, 0, self.pad_to_multiple_of)
         ones = [torch.ones_like(ids) for ids in input_ids]
-        batch["attention_mask"] = _pad_right(ones, 0, self.pad_to_multiple_of)
+        batch["attention_mask"] = pad_right(ones, 0, self.pad_to_multiple_of)
         return batch
 
     def _flatten(self, input_ids: list[torch.Tensor], labels: list[torch.Tensor], lengths: list[list[int]]) -> dict:
@@ -218,7 +216,7 @@ class DataCollatorForVisionLanguageModeling(DataCollatorMixin):
                 f"Found: {', '.join(f'`{name}`' for name in first)}. With `messages`, use assistant_only_loss=True."
             )
 
-        images = [_images_of(example) for example in examples]
+        images = [images_of(example) for example in examples]
         if is_conversation:
             encoded = self._encode_messages(examples, images)
         elif is_pair:
@@ -265,55 +263,14 @@ class DataCollatorForVisionLanguageModeling(DataCollatorMixin):
         return dict(encoded)
 
     def _encode_pairs(self, examples: list[dict], images: list[list]) -> dict[str, torch.Tensor]:
-        """Tokenize prompts (with the images) and completions apart, so that the boundary is exact, and join them."""
-        pairs = [self._render_pair(example, row) for example, row in zip(examples, images, strict=True)]
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-        prompts = dict(
-            self.processor(
-                images=images if any(images) else None,
-                text=[prompt for prompt, _ in pairs],
-                # A chat template writes its special tokens itself; a plain prompt gets the tokenizer's.
-                add_special_tokens=isinstance(examples[0]["prompt"], str),
-                **options,
-            )
-        )
-        completions = dict(
-            self.processor(text=[completion for _, completion in pairs], add_special_tokens=False, **options)
-        )
-
-        rows = len(examples)
-        prompt_mask, completion_mask = prompts["attention_mask"].bool(), completions["attention_mask"].bool()
-        joined = {key: value for key, value in prompts.items() if key not in _TOKEN_PADDING}
-        for key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
-            if key not in prompts:
-                continue
-            # A completion has no image, so its type is 0 where the processor gives it none.
-            tail = completions.get(key)
-            tail = torch.zeros_like(completions["input_ids"]) if tail is None else tail
-            sequences = [
-                torch.cat([prompts[key][i][prompt_mask[i]], tail[i][completion_mask[i]]]) for i in range(rows)
-            ]
-            joined[key] = _pad_right(sequences, self._padding_value(key))
-        spans = [
-            torch.cat([torch.zeros(int(p.sum())), torch.ones(int(c.sum()))]).long()
-            for p, c in zip(prompt_mask, completion_mask, strict=True)
+        rendered = [
+            render_answers(example, self.processor, ("completion",), self.chat_template) for example in examples
         ]
-        joined["completion_mask"] = _pad_right(spans, 0)
-        return joined
-
-    def _render_pair(self, example: dict, images: list) -> tuple[str, str]:
-        if isinstance(example["prompt"], str):
-            return example["prompt"], example["completion"]
-        template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
-        rendered = apply_chat_template(
-            {
-                "prompt": prepare_multimodal_messages(example["prompt"], images=images),
-                "completion": prepare_multimodal_messages(example["completion"]),
-            },
-            self.processor,
-            **template,
+        is_plain = isinstance(examples[0]["prompt"], str)
+        prompts = encode_prompts(
+            self.processor, [texts["prompt"] for texts in rendered], images, add_special_tokens=is_plain
         )
-        return rendered["prompt"], rendered["completion"]
+        return append_completions(self.processor, prompts, [texts["completion"] for texts in rendered])
 
     def _finish(self, encoded: dict[str, Any], examples: list[dict]) -> dict[str, Any]:
         """Labels by position, then the cut, then the last padding."""
@@ -327,66 +284,11 @@ class DataCollatorForVisionLanguageModeling(DataCollatorMixin):
             labels[completion_mask == 0] = IGNORE_INDEX
         encoded["labels"] = labels
 
-        length = encoded["input_ids"].shape[1]
-        if self.max_length is not None and length > self.max_length:
-            self._check_images_kept(encoded["input_ids"])
-            length = self.max_length
-        target = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of if self.pad_to_multiple_of else length
-        for key in _TOKEN_PADDING:
-            if key in encoded:
-                kept = encoded[key][:, :length]
-                padding = (0, target - length)
-                encoded[key] = torch.nn.functional.pad(kept, padding, value=self._padding_value(key))
-        return encoded
-
-    def _check_images_kept(self, input_ids: torch.Tensor) -> None:
-        image_token_ids = _image_token_ids(self.processor)
-        is_image = torch.isin(input_ids, torch.tensor(image_token_ids, dtype=input_ids.dtype))
-        rows = is_image[:, self.max_length :].any(dim=1).nonzero().flatten().tolist()
-        if rows:
-            needed = int(is_image.nonzero()[:, 1].max()) + 1
-            raise ValueError(
-                f"max_length={self.max_length} cuts image tokens of row(s) {rows} of the batch, and the model would "
-                f"find fewer image tokens than image features. These rows need max_length of at least {needed}; raise "
-                "it, or set max_length=None to cut nothing."
-            )
-
-    def _padding_value(self, key: str) -> int:
-        if key != "input_ids":
-            return _TOKEN_PADDING[key]
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-# Tensors [B, T] with one entry per token, and the value of a padded entry (that of `input_ids` is the tokenizer's).
-_TOKEN_PADDING = {
-    "input_ids": None,
-    "attention_mask": 0,
-    "token_type_ids": 0,
-    "mm_token_type_ids": 0,
-    "labels": IGNORE_INDEX,
-}
-
-
-def _as_tensor(values: Any) -> torch.Tensor:
-    return values.long() if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int64)
+        return cut_and_pad(encoded, self.processor, self.max_length, self.pad_to_multiple_of)
 
 
 def _as_list(values: Any) -> list[int]:
     return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _pad_right(sequences: list[torch.Tensor], value: int, multiple_of: int | None = None) -> torch.Tensor:
-    padded = pad_sequence(sequences, batch_first=True, padding_value=value)
-    missing = -padded.shape[1] % multiple_of if multiple_of else 0
-    return torch.nn.functional.pad(padded, (0, missing), value=value) if missing else padded
-
-
-def _images_of(example: dict[str, Any]) -> list:
-    """The images of a row as a list; an empty one for a row without."""
-    if example.get("images") is not None:
-        return list(example["images"])
-    return [example["image"]] if example.get("image") is not None else []
 
 
 def _with_template_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -404,14 +306,3 @@ def _with_template_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]
         else dict(message)
         for message in messages
     ]
-
-
-def _image_token_ids(processor: Any) -> list[int]:
-    """Ids that stand for a piece of an image in `input_ids`; empty where the processor does not tell."""
-    # With Gemma 3 the processor's token is the placeholder, and the tokenizer's the one that it becomes.
-    ids = {getattr(owner, "image_token_id", None) for owner in (processor, processor.tokenizer)}
-    ids |= set(getattr(processor, "image_token_ids", None) or [])
-    token = getattr(processor, "image_token", None)
-    if ids == {None} and token is not None:
-        ids.add(processor.tokenizer.convert_tokens_to_ids(str(token)))
-    return sorted(ids - {None})
