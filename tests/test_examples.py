@@ -212,15 +212,15 @@ def test_minimal_standin_learns(tmp_path, monkeypatch, minimal):
     """Without arguments it needs no download; a few steps already lower the loss."""
     monkeypatch.chdir(tmp_path)
     rows = minimal.make_standin_rows
-    monkeypatch.setattr(minimal, "make_standin_rows", lambda: rows().select(range(700)))
+    monkeypatch.setattr(minimal, "make_standin_rows", lambda: rows()[:700])
     result = minimal.main([])
     assert result["losses"][-1] < 0.7 * result["losses"][0]
     assert AutoModelForCausalLM.from_pretrained("sft_output").num_parameters() < 3_000_000
     assert AutoTokenizer.from_pretrained("sft_output").chat_template
 
 
-def test_minimal_masks_everything_but_the_assistant(minimal):
-    _, tokenizer = minimal.build_standin()
+def test_minimal_masks_everything_but_the_assistant(minimal, monkeypatch):
+    _, tokenizer = load_script("minimal/common.py", monkeypatch).build_standin()
     row = {
         "messages": [
             {"role": "user", "content": "ab"},
@@ -235,9 +235,10 @@ def test_minimal_masks_everything_but_the_assistant(minimal):
     assert minimal.encode(tokenizer, row, max_length=5) == (ids[:5], [-100] * 5)
 
 
-def test_minimal_is_short():
-    """About 200 lines that can be read in one go, and no import of the library that it explains."""
-    source = (EXAMPLES / "minimal" / "sft.py").read_text()
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "minimal").glob("*.py")))
+def test_minimal_is_short(name):
+    """At most 250 lines that can be read in one go, and no import of the library that they explain."""
+    source = (EXAMPLES / "minimal" / name).read_text()
     assert len(source.splitlines()) < 250
     assert "import trl" not in source
     assert "from trl" not in source
