@@ -10,10 +10,9 @@ packed in Arrow, without a Python object per token.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from .counting import count_examples, count_merged_prompts, count_packed_rows, iter_tables
+from .dataset_steps import check_dataset, check_not_empty, map_arrow, map_description, read_options, resolve_eos_token
 from .fingerprints import fingerprint_processing_class, fingerprint_step
 from .formats import (
     CONVERSATION,
@@ -101,9 +101,7 @@ class LanguageModelingOptions:
     @classmethod
     def of(cls, config: Any, **overrides: Any) -> LanguageModelingOptions:
         """The options among a training config's fields; `overrides` win."""
-        renamed = {"shuffle": "shuffle_dataset", "num_proc": "dataset_num_proc"}
-        values = {field.name: getattr(config, renamed.get(field.name, field.name)) for field in fields(cls)}
-        return cls(**{**values, **overrides})
+        return read_options(cls, config, **overrides)
 
     def __post_init__(self):
         if self.truncation_mode not in TRUNCATION_MODES:
@@ -159,12 +157,10 @@ def prepare_language_modeling_dataset(
         `DatasetFormatError`: columns are missing, or rows differ in kind.
         `ValueError`: the settings do not fit the rows, or nothing is left to train on.
     """
-    dataset = _check_dataset(dataset, name)
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The {name} dataset is empty: it has 0 rows, and at least 1 is needed.")
+    dataset = check_dataset(dataset, name)
+    first = check_not_empty(dataset, name)
     tokenizer = get_tokenizer(processing_class)
-    eos_token = _resolve_eos_token(tokenizer, options)
+    eos_token = resolve_eos_token(tokenizer, options.eos_token)
     if "input_ids" in first:
         if formatting_func is not None:
             warnings.warn(
@@ -209,25 +205,6 @@ def check_unprepared_columns(column_names: Sequence[str], name: str = "train") -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        hint = ""
-        if isinstance(dataset, Mapping):
-            hint = f" It holds several ({', '.join(map(repr, dataset))}); pass one of them, e.g. dataset[{next(iter(dataset), 'train')!r}]."
-        elif isinstance(dataset, (list, tuple)):
-            hint = " Make one of a list of rows with datasets.Dataset.from_list(rows)."
-        raise TypeError(
-            f"The {name} dataset must be a datasets.Dataset or IterableDataset, found {type(dataset).__name__}.{hint}"
-        )
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"The {name} dataset has a transform (set_transform or with_transform) that runs when a row is read, so "
-            "it cannot be prepared ahead. Apply it with dataset.map(...) and reset the format with "
-            'dataset.with_format(None), or skip preparation with dataset_kwargs={"skip_prepare_dataset": True}.'
-        )
-    return dataset.with_format(None)
-
-
 def _format_row(row: dict[str, Any], formatting_func: Callable[[dict], str]) -> dict[str, str]:
     text = formatting_func(row)
     if not isinstance(text, str):
@@ -259,7 +236,7 @@ def _to_messages_or_text(
             _format_row,
             fn_kwargs={"formatting_func": formatting_func},
             remove_columns=replaced,
-            **_description(dataset, "Formatting", options.num_proc),
+            **map_description(dataset, "Formatting", options.num_proc),
         )
         options = replace(options, dataset_text_field="text", completion_only_loss=False)
 
@@ -270,7 +247,7 @@ def _to_messages_or_text(
         dataset = dataset.map(
             maybe_convert_to_chatml,
             remove_columns=[column for column in first if column not in converted],
-            **_description(dataset, "Converting", options.num_proc),
+            **map_description(dataset, "Converting", options.num_proc),
         )
     shape = _check_columns(converted, options, name, num_rows)
     if isinstance(dataset, Dataset):
@@ -332,24 +309,6 @@ def _notes_on_masks(first: Mapping[str, Any], masks: Sequence[str]) -> list[str]
     if "completion_mask" in masks and not ({"completion", "completion_mask"} & set(first)):
         notes.append("completion_only_loss is on, but there is no completion: every token is trained.")
     return notes
-
-
-def _resolve_eos_token(tokenizer: PreTrainedTokenizerBase, options: LanguageModelingOptions) -> str | None:
-    if options.eos_token is None:
-        return tokenizer.eos_token
-    if options.eos_token not in tokenizer.get_vocab():
-        near = difflib.get_close_matches(options.eos_token, tokenizer.all_special_tokens, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"eos_token={options.eos_token!r} is not in the vocabulary of the tokenizer, so the model could never "
-            f"produce it.{hint} Special tokens: {', '.join(map(repr, tokenizer.all_special_tokens))}."
-        )
-    return options.eos_token
-
-
-def _description(dataset: Dataset | IterableDataset, verb: str, num_proc: int | None = None) -> dict[str, Any]:
-    """Arguments of `map` that only a map-style dataset takes."""
-    return {} if isinstance(dataset, IterableDataset) else {"desc": f"{verb} dataset", "num_proc": num_proc}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +386,7 @@ def encode_rows(
             options = replace(options, dataset_text_field="text", completion_only_loss=False)
         _check_columns(rows[0], options, "previewed")
         rows = [maybe_convert_to_chatml(row) for row in rows]
-        eos_token = _resolve_eos_token(get_tokenizer(processing_class), options)
+        eos_token = resolve_eos_token(get_tokenizer(processing_class), options.eos_token)
         row_tokenizer = RowTokenizer(
             processing_class, options.dataset_text_field, eos_token, options.assistant_only_loss
         )
@@ -459,7 +418,7 @@ def _tokenize_and_label(
             rows = dict(zip(table.column_names, table.columns, strict=True))
             _check_tokens(rows, range(first_row, first_row + len(table)), options)
         if "labels" not in columns:
-            dataset = _map_arrow(dataset, "Labelling", _label_batch, options, masks=list(masks))
+            dataset = map_arrow(dataset, "Labelling", _label_batch, options.num_proc, masks=list(masks))
     return dataset
 
 
@@ -474,7 +433,7 @@ def _cut_or_pack(
     needs_cut = count_examples(dataset, tokenizer, eos_token, limit, mode, report)
     report.raise_if_unusable()
     if needs_cut:
-        dataset = _map_arrow(dataset, "Truncating", _cut_batch, options, max_length=limit, mode=mode)
+        dataset = map_arrow(dataset, "Truncating", _cut_batch, options.num_proc, max_length=limit, mode=mode)
     if options.packing:
         if options.shuffle:
             dataset = dataset.shuffle(seed=options.seed)
@@ -482,12 +441,12 @@ def _cut_or_pack(
             dataset.select_columns(["input_ids", "labels"]),
             options.max_length,
             options.packing_strategy,
-            _description(dataset, "Packing", options.num_proc),
+            map_description(dataset, "Packing", options.num_proc),
         )
         kept = count_packed_rows(dataset, options.packing_strategy, options.max_length, report)
         report.raise_if_unusable()
         if not kept.all():
-            dataset = _map_arrow(dataset, "Filtering", _cut_batch, options, max_length=None, mode="keep_start")
+            dataset = map_arrow(dataset, "Filtering", _cut_batch, options.num_proc, max_length=None, mode="keep_start")
     return dataset.shuffle(seed=options.seed) if options.shuffle else dataset
 
 
@@ -513,7 +472,7 @@ def _tokenize_table(
         with_indices=True,
         fn_kwargs={"row_tokenizer": row_tokenizer, "masks": masks},
         new_fingerprint=fingerprint_step(dataset, "tokenize", content, settings),
-        **_description(dataset, "Tokenizing", options.num_proc),
+        **map_description(dataset, "Tokenizing", options.num_proc),
     )
     if "prompt_tokens_merged" in dataset.column_names:
         tables = iter_tables(dataset, ["prompt_tokens_merged"])
@@ -545,22 +504,6 @@ def _check_tokens(rows: Mapping[str, Any], indices: Sequence[int], options: Lang
                 f"max_length={options.max_length} tokens, and cutting them would contradict `seq_lengths`. Raise "
                 "max_length, or set it to None."
             )
-
-
-def _map_arrow(
-    dataset: Dataset, verb: str, function: Callable[..., pa.Table], options: LanguageModelingOptions, **kwargs: Any
-) -> Dataset:
-    return (
-        dataset.with_format("arrow")
-        .map(
-            function,
-            batched=True,
-            fn_kwargs=kwargs,
-            new_fingerprint=fingerprint_step(dataset, verb, kwargs),
-            **_description(dataset, verb, options.num_proc),
-        )
-        .with_format(None)
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -375,18 +376,37 @@ def unpair_preference_dataset(
         features |= {"completion": dataset.features["chosen"], "label": Value("bool")}
         map_kwargs.setdefault("features", Features(features))
     unpaired = dataset.with_format("arrow").map(
-        _unpair_table, batched=True, remove_columns=["chosen", "rejected"], **map_kwargs
+        unpair_table, batched=True, remove_columns=["chosen", "rejected"], **map_kwargs
     )
     return unpaired.with_format(**original_format)
 
 
-def _unpair_table(table: pa.Table) -> pa.Table:
-    shared = table.drop_columns(["chosen", "rejected"])
-    halves = [
-        shared.append_column("completion", table[column]).append_column("label", pa.array([label] * len(table)))
-        for column, label in (("chosen", True), ("rejected", False))
-    ]
-    return pa.concat_tables(halves, promote_options="permissive")
+def unpair_table(
+    table: pa.Table,
+    columns: Mapping[str, tuple[str, str]] = MappingProxyType({"completion": ("chosen", "rejected")}),
+    order: Callable[[int], Sequence[int]] | None = None,
+) -> pa.Table:
+    """
+    Two labelled rows of each pair in an Arrow table; what a dataset of pairs is mapped over with.
+
+    Args:
+        table (`pa.Table`):
+            Pairs.
+        columns (`Mapping[str, tuple[str, str]]`, *optional*):
+            New column -> columns of its values in the chosen and in the rejected rows. Other columns are repeated.
+        order (`Callable[[int], Sequence[int]]`, *optional*):
+            Of `n` pairs, the numbers of the rows in their new order: 0 to n - 1 are the chosen, n to 2n - 1 the
+            rejected ones. By default the chosen come first.
+    """
+    shared = table.drop_columns([column for pair in columns.values() for column in pair])
+    halves = []
+    for side, label in ((0, True), (1, False)):
+        half = shared
+        for name, pair in columns.items():
+            half = half.append_column(name, table[pair[side]])
+        halves.append(half.append_column("label", pa.array([label] * len(table), pa.bool_())))
+    both = pa.concat_tables(halves, promote_options="permissive")
+    return both if order is None else both.take(pa.array(order(len(table)), pa.int64()))
 
 
 def maybe_unpair_preference_dataset(

@@ -11,6 +11,7 @@ What follows (labels, truncation, packing) works on whole columns: `trl.data.tok
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ class RowTokenizer:
         columns = self._columns(rows)
         conversational = self._check_kind(rows, columns, indices)
         if len(columns) == 2:
-            encoded = self._pairs(rows, indices, conversational)
+            encoded = self._prompts_and_completions(rows, indices, conversational)
         elif conversational:
             encoded = self._conversations(rows, indices, rows[columns[0]])
         else:
@@ -196,6 +197,7 @@ class RowTokenizer:
     ) -> dict[str, list]:
         tools = rows.get("tools") or [None] * len(conversations)
         kwargs = rows.get("chat_template_kwargs") or [None] * len(conversations)
+        _check_template_kwargs(kwargs, indices)
         masked = self.assistant_mask and not options.get("add_generation_prompt", False)
         encoded = []
         for index, messages, row_tools, row_kwargs in zip(indices, conversations, tools, kwargs, strict=True):
@@ -224,31 +226,64 @@ class RowTokenizer:
         # A processor's chat template reads content as a list of blocks, also where there are no images.
         return prepare_multimodal_messages(messages) if isinstance(self.processing_class, ProcessorMixin) else messages
 
-    def _pairs(self, rows: Mapping[str, list], indices: Sequence[int], conversational: bool) -> dict[str, list]:
-        """Tokenize prompts alone and with their completions; the completion begins where the two part."""
-        prompts, completions = rows["prompt"], rows["completion"]
-        if conversational:
-            prompt_ids = self._conversations(rows, indices, prompts, add_generation_prompt=True)["input_ids"]
-            both = [list(prompt) + list(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-            encoded = self._conversations(rows, indices, both)
-        else:
-            both = [
-                append_eos(prompt + completion, self.eos_token)
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-            prompt_ids = tokenize_text(self.processing_class, list(prompts))
-            encoded = {"input_ids": tokenize_text(self.processing_class, both)}
-        boundaries = [
-            prompt_boundary(prompt, ids) for prompt, ids in zip(prompt_ids, encoded["input_ids"], strict=True)
-        ]
+    def _prompts_and_completions(
+        self, rows: Mapping[str, list], indices: Sequence[int], conversational: bool
+    ) -> dict[str, list]:
+        boundaries, merged, [encoded] = self.continue_prompts(rows, indices, ("completion",), conversational)
         encoded["completion_mask"] = [
             [0] * boundary + [1] * (len(ids) - boundary)
             for boundary, ids in zip(boundaries, encoded["input_ids"], strict=True)
         ]
-        encoded["prompt_tokens_merged"] = [
-            len(prompt) - boundary for prompt, boundary in zip(prompt_ids, boundaries, strict=True)
-        ]
+        encoded["prompt_tokens_merged"] = merged
         return encoded
+
+    def continue_prompts(
+        self, rows: Mapping[str, list], indices: Sequence[int], answers: Sequence[str], conversational: bool
+    ) -> tuple[list[int], list[int], list[dict[str, list]]]:
+        """
+        Tokenize prompts alone and with each of their answers; an answer begins where the sequences part.
+
+        Args:
+            rows (`Mapping[str, list]`):
+                Columns of a batch: `prompt`, the answers, and optionally `tools` and `chat_template_kwargs`.
+            indices (`Sequence[int]`):
+                Numbers of the rows in their dataset, for errors.
+            answers (`Sequence[str]`):
+                Columns that continue the prompt, e.g. `("chosen", "rejected")`.
+            conversational (`bool`):
+                Messages rather than text.
+
+        Returns:
+            `tuple`: for each row, where its answers begin (the same place for all of them) and how many tokens of the
+            prompt alone were not found again; for each column of answers, the encoded prompt with the answer.
+        """
+        if conversational:
+            prompt_ids = self._conversations(rows, indices, rows["prompt"], add_generation_prompt=True)["input_ids"]
+        else:
+            prompt_ids = tokenize_text(self.processing_class, list(rows["prompt"]))
+        wholes = [self.encode_whole(rows, indices, answer, conversational) for answer in answers]
+        sequences = zip(prompt_ids, *(whole["input_ids"] for whole in wholes), strict=True)
+        boundaries = [prompt_boundary(prompt, *with_answers) for prompt, *with_answers in sequences]
+        merged = [len(prompt) - boundary for prompt, boundary in zip(prompt_ids, boundaries, strict=True)]
+        return boundaries, merged, wholes
+
+    def encode_whole(
+        self, rows: Mapping[str, list], indices: Sequence[int], answer: str, conversational: bool
+    ) -> dict[str, list]:
+        """
+        Tokenize each row's `prompt`, where there is one, together with what follows it in the column `answer`.
+
+        The arguments and the form of the result are those of [`RowTokenizer.continue_prompts`].
+        """
+        wholes = rows[answer]
+        if "prompt" in rows:
+            join = _join_messages if conversational else operator.add
+            wholes = [join(prompt, follows) for prompt, follows in zip(rows["prompt"], wholes, strict=True)]
+        if conversational:
+            return self._conversations(rows, indices, wholes)
+        return {
+            "input_ids": tokenize_text(self.processing_class, [append_eos(text, self.eos_token) for text in wholes])
+        }
 
     @staticmethod
     def _check_assistant_masks(encoded: Mapping[str, list], indices: Sequence[int]) -> None:
@@ -259,6 +294,19 @@ class RowTokenizer:
                 "conversation has no assistant turn (drop the row), or the chat template marks none (see "
                 "trl.get_training_chat_template)."
             )
+
+
+def _check_template_kwargs(kwargs: Sequence[Any], indices: Sequence[int]) -> None:
+    for index, row_kwargs in zip(indices, kwargs, strict=True):
+        if row_kwargs is not None and not isinstance(row_kwargs, Mapping):
+            raise DatasetFormatError(
+                f"Row {index}: `chat_template_kwargs` must be a dictionary of template variables, found "
+                f"{type(row_kwargs).__name__}."
+            )
+
+
+def _join_messages(prompt: Sequence, answer: Sequence) -> list:
+    return [*prompt, *answer]
 
 
 def _flat(values: Any) -> list[int]:
