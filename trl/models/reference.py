@@ -112,13 +112,25 @@ def hash_module(module: nn.Module, skip: Callable[[str], bool] | None = None) ->
         SHA-256 as hexadecimal text.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor) or (skip is not None and skip(name)):
             continue
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        with _whole(tensor) as whole:
+            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+            digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """All of a tensor of which FSDP2 or ZeRO-3 may have left this process a part."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor.data
+    else:
+        yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---- The reference of a run ----
@@ -164,12 +176,20 @@ class ReferencePolicy:
 
     Args:
         model: a model of its own. None: the policy itself, without its adapter or with the one called `"ref"`.
+        under_adapter: `model` is a copy of the policy, and to be seen as the policy would be.
 
     `ReferencePolicy.of` chooses; `prepare` places it beside the policy; `score` asks it.
     """
 
-    def __init__(self, model: nn.Module | None = None):
+    def __init__(self, model: nn.Module | None = None, under_adapter: bool = False):
         self.model = model
+        self._under_adapter = under_adapter or model is None
+        self._is_prepared = False
+        if model is not None:
+            model.requires_grad_(False)
+            model.config.use_cache = False
+            install_scoring(model)
+            model.eval()
 
     @classmethod
     def of(
@@ -187,24 +207,29 @@ class ReferencePolicy:
             policy: the model to train, its adapter included.
             ref_model: the user's own reference.
             came_with_adapter: the policy was given with an adapter, which the reference then has too, frozen.
-            load: loads the policy's weights once more, where it cannot be copied (ZeRO-3, several devices).
+            load: loads the policy's base once more, where it cannot be copied (ZeRO-3, several devices).
         """
-        if ref_model is None and is_peft_available():
-            from peft import PeftModel
+        if ref_model is not None:
+            return cls(ref_model)
+        if _find_peft_model(policy) is None:
+            return cls.copy_of(policy, load)
+        if came_with_adapter:
+            add_reference_adapter(policy)
+        return cls()
 
-            if isinstance(policy, PeftModel):
-                if came_with_adapter:
-                    add_reference_adapter(policy)
-                return cls()
-        if ref_model is None:
-            spread = len(set((getattr(policy, "hf_device_map", None) or {}).values())) > 1
-            ref_model = load() if load is not None and (spread or is_deepspeed_zero3_enabled()) else None
-        if ref_model is None:
-            ref_model = create_reference_model(policy)
-        ref_model.requires_grad_(False)
-        ref_model.config.use_cache = False
-        install_scoring(ref_model)
-        return cls(ref_model.eval())
+    @classmethod
+    def copy_of(cls, policy: nn.Module, load: Callable[[], nn.Module] | None = None) -> ReferencePolicy:
+        """A frozen copy of the policy as it is now, without its adapter; loaded with `load` if it cannot be copied."""
+        spread = len(set((getattr(policy, "hf_device_map", None) or {}).values())) > 1
+        if load is None or not (spread or is_deepspeed_zero3_enabled()):
+            return cls(create_reference_model(policy), under_adapter=True)
+        inner = _find_peft_model(policy)
+        if inner is not None and REFERENCE_ADAPTER in inner.peft_config:
+            raise ValueError(
+                "A model that came with an adapter cannot be copied when it is sharded by ZeRO-3 or spread over "
+                "devices. Pass a `ref_model`: the same model loaded once more."
+            )
+        return cls(load())
 
     @property
     def is_policy(self) -> bool:
@@ -213,7 +238,7 @@ class ReferencePolicy:
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Place a model of its own as the policy is placed: on the device, or sharded by DeepSpeed or FSDP."""
-        if self.model is None:
+        if self.model is None or self._is_prepared:
             return
         if accelerator.state.deepspeed_plugin is not None:
             self.model = prepare_deepspeed(self.model, accelerator)
@@ -221,19 +246,18 @@ class ReferencePolicy:
             self.model = prepare_fsdp(self.model, accelerator)
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+        self._is_prepared = True
 
     @contextmanager
-    def _as_reference(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The model to ask, for the time of the block."""
-        if self.model is not None:
-            yield self.model
-            return
-        inner = _find_peft_model(policy)
-        if inner is None:  # before the first step, a policy without an adapter is its own reference
-            yield policy
+    def _asked_through(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The model to call, for the time of the block."""
+        model = policy if self.model is None else self.model
+        inner = _find_peft_model(model) if self._under_adapter else None
+        if inner is None:  # a model of its own, or the policy before its first step
+            yield model
             return
         with use_adapter(inner, REFERENCE_ADAPTER if REFERENCE_ADAPTER in inner.peft_config else None):
-            yield policy
+            yield model
 
     @torch.no_grad()
     def score(self, policy: nn.Module, batch: Mapping[str, Any], **options: Any) -> TokenScores:
@@ -246,17 +270,14 @@ class ReferencePolicy:
             **options: of `score_tokens`.
         """
         inputs = {name: value for name, value in batch.items() if name != "output_router_logits"}
-        with self._as_reference(policy) as model:
+        with self._asked_through(policy) as model:
             return score_tokens(model, inputs, **options)
 
     def fingerprint(self, policy: nn.Module) -> str:
         """A hash of the weights that the reference computes with."""
-        if self.model is not None:
-            return hash_module(self.model)
-        inner = _find_peft_model(policy)
-        if inner is None:
-            return hash_module(policy)
-        return hash_module(inner, skip=_unused_adapter_weights(inner))
+        model = policy if self.model is None else self.model
+        inner = _find_peft_model(model) if self._under_adapter else None
+        return hash_module(model, skip=None if inner is None else _unused_adapter_weights(inner))
 
 
 def _find_peft_model(model: nn.Module) -> PeftModel | None:

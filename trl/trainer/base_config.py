@@ -68,6 +68,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     raise ValueError(f"`{name}` is one of {', '.join(map(repr, choices))}. Found {value!r}.{hint}")
 
 
+def warn_deprecated(message: str) -> None:
+    """Warn, from a config's `__post_init__`, where the config is made."""
+    warnings.warn(f"{message} It will be removed in version 2.0.", FutureWarning, stacklevel=4)
+
+
 def _bf16_runs_here(use_cpu: bool) -> bool:
     return (
         use_cpu

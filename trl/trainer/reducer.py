@@ -14,6 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+# Between the name of a metric and that of its part.
+_PART = "#"
+
 
 class Reducer:
     """
@@ -39,11 +42,18 @@ class Reducer:
         with torch.no_grad():
             return torch.stack([torch.as_tensor(x, device=device, dtype=dtype).detach() for x in (total, count)])
 
-    def add(self, mode: str, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
-        """Add a sum over `count` items to the mean called `name`."""
+    def add(
+        self, mode: str, name: str, total: Tensor | float, count: Tensor | float = 1, part: str | None = None
+    ) -> None:
+        """
+        Add a sum over `count` items to the mean called `name`.
+
+        With `part`, to one of several means whose sum is the value; it is left out as long as one has no item.
+        """
         pair = self._pair(total, count)
         pending = self._pending[mode]
-        pending[name] = pending[name] + pair if name in pending else pair
+        key = name if part is None else f"{name}{_PART}{part}"
+        pending[key] = pending[key] + pair if key in pending else pair
 
     def add_total(self, name: str, amount: Tensor | float) -> None:
         """Add to a running total, which no log call clears."""
@@ -71,9 +81,13 @@ class Reducer:
         Returns:
             name -> value. A mean over no item is left out.
         """
-        means = {
-            name: total / count for name, (total, count) in self._over_processes(self._pending[mode]).items() if count
-        }
+        summed = self._over_processes(self._pending[mode])
+        empty = {key.partition(_PART)[0] for key, (_, count) in summed.items() if not count}
+        means: dict[str, float] = {}
+        for key, (total, count) in summed.items():
+            name = key.partition(_PART)[0]
+            if name not in empty:
+                means[name] = means.get(name, 0.0) + total / count
         self.clear(mode)
         for name, (amount, _) in self._over_processes(self._pending_totals).items():
             self._totals[name] = self._totals.get(name, 0) + amount / self.replicas

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base_config import _BaseConfig, check_choice, resolve_pad_to_multiple_of
+from .base_config import _BaseConfig, check_choice, resolve_pad_to_multiple_of, warn_deprecated
 
 LOSS_TYPES = ("nll", "dft")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 TRUNCATION_MODES = ("keep_start", "keep_end")
-
-
-def _warn_deprecated(message: str) -> None:
-    warnings.warn(f"{message} It will be removed in version 2.0.", FutureWarning, stacklevel=4)
 
 
 @dataclass
@@ -145,15 +140,15 @@ class SFTConfig(_BaseConfig):
         if self.loss_type is None:  # the default of earlier versions
             self.loss_type = "nll"
         if self.loss_type == "chunked_nll":
-            _warn_deprecated("`loss_type='chunked_nll'` is an old name of `'nll'`, which is computed in chunks.")
+            warn_deprecated("`loss_type='chunked_nll'` is an old name of `'nll'`, which is computed in chunks.")
             self.loss_type = "nll"
         if self.packing_strategy == "bfd-requeue":
-            _warn_deprecated("`packing_strategy='bfd-requeue'` is an old name of `'bfd_split'`.")
+            warn_deprecated("`packing_strategy='bfd-requeue'` is an old name of `'bfd_split'`.")
             self.packing_strategy = "bfd_split"
         if self.pad_token is not None:
-            _warn_deprecated("`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`.")
+            warn_deprecated("`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`.")
         if self.truncation_mode == "keep_end":
-            _warn_deprecated(
+            warn_deprecated(
                 "`truncation_mode='keep_end'` is deprecated: cut the dataset yourself if you need its end."
             )
         self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
