@@ -140,7 +140,6 @@ def append_completions(
         # A completion has no image, so its type is 0 where the processor gives it none.
         tail = tails.get(key)
         tail = torch.zeros_like(tails["input_ids"]) if tail is None else tail
-        tail = tail.long()  # a batch of nothing but empty texts comes as floats
         sequences = [torch.cat([prompts[key][i][head_mask[i]], tail[i][tail_mask[i]]]) for i in rows]
         joined[key] = pad_right(sequences, padding_value(processor, key))
     spans = [completion_span(int(head_mask[i].sum()), int(tail_mask[i].sum())) for i in rows]
