@@ -324,7 +324,7 @@ def test_image_answers(processor, answers):
     assert texts(processor, batch, "completion_mask", "KL_") == rotated
     assert batch["label"].tolist() == [True, False, True] and batch["label"].dtype == torch.bool
     assert batch["pixel_values"].shape[0] == 3
-    assert "KL_pixel_values" not in batch
+    assert batch["KL_pixel_values"] is batch["pixel_values"]
 
 
 def test_image_answers_without_kl(processor, answers):

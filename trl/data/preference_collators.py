@@ -24,7 +24,6 @@ from .reward_collator import DataCollatorForPreference as DataCollatorForRewardP
 from .templating import maybe_extract_prompt
 from .token_lists import TRUNCATION_MODES
 from .vision_batches import (
-    TOKEN_PADDING,
     append_completions,
     cut_and_pad,
     encode_prompts,
@@ -224,8 +223,8 @@ class DataCollatorForVisionUnpairedPreference(DataCollatorMixin):
     Each row has `images` (list) or `image` (one), `prompt`, `completion` (text or messages) and `label` (bool). The
     batch of B rows has `input_ids`, `attention_mask` and `completion_mask` (int64 `[B, T]`, padded on the right),
     `label` (bool `[B]`) and whatever the processor makes of the images (`pixel_values`, …). For KTO's KL term it has
-    the tensors per token once more, with the prefix `KL_`, where each prompt has the answer of the row before it (the
-    first that of the last). The images belong to the prompts, so they are the same for both.
+    all but the labels once more, with the prefix `KL_`, where each prompt has the answer of the row before it (the first
+    that of the last). The images belong to the prompts, so those tensors are the same ones.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -262,8 +261,7 @@ class DataCollatorForVisionUnpairedPreference(DataCollatorMixin):
         answers = [row["completion"] for row in texts]
         batch = self._answer(prompts, answers)
         if self.calculate_kl:
-            mismatched = self._answer(prompts, [answers[-1], *answers[:-1]])
-            batch |= _with_kl_prefix({key: mismatched[key] for key in mismatched if key in TOKEN_PADDING})
+            batch |= _with_kl_prefix(self._answer(prompts, [answers[-1], *answers[:-1]]))
         batch["label"] = _labels(examples)
         return batch
 
