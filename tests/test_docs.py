@@ -27,6 +27,7 @@ PAGES = [ROOT / name for name in ("README.md", "MIGRATION.md", "CONTRIBUTING.md"
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md"))
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+METHODS = ("sft", "dpo", "reward", "kto")
 BLOCK = re.compile(
     r"(?:^<!-- not run: *(?P<reason>.*?) *-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -72,13 +73,15 @@ def run_blocks(folder: str, page: str, code: list[tuple[str, int]]) -> str | Non
     return None
 
 
-def parse_sft(folder: str, args: list[str]) -> str:
-    """Parse a `trl sft` command as the command does, launch options included; the model's name."""
+def parse_training(folder: str, args: list[str]) -> str:
+    """Parse a `trl <method>` command as the command does, launch options included; the model's name."""
+    import importlib
+
     from trl.scripts.launch_options import split_launch_args
-    from trl.scripts.sft import make_parser
 
     os.chdir(folder)
-    parser = make_parser()
+    method, *args = args
+    parser = importlib.import_module(f"trl.scripts.{method}").make_parser()
     script_args = split_launch_args(args, parser)[1]
     *_, model_args, _ = parser.parse_args_and_config(script_args)
     return model_args.model_name_or_path
@@ -109,15 +112,43 @@ def conversations() -> list[dict]:
     return [{"messages": turn(i) + turn(i + 1)} for i in range(16)]
 
 
+def pairs() -> list[dict]:
+    def whole(i: int, answer: str) -> list[dict]:
+        return [
+            {"role": "user", "content": f"what is {i} plus 30?"},
+            {"role": "assistant", "content": answer},
+        ]
+
+    return [
+        {"chosen": whole(i, f"the answer is {i + 30}."), "rejected": whole(i, "how are you today?")} for i in range(16)
+    ]
+
+
+def rated_answers() -> list[dict]:
+    return [
+        {"prompt": pair[side][:1], "completion": pair[side][1:], "label": side == "chosen"}
+        for i, pair in enumerate(pairs())
+        for side in ("chosen", "rejected")[:: 1 if i % 2 else -1]
+    ]
+
+
 def jsonl(rows: list[dict]) -> bytes:
     return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+DATASETS = {
+    "trl-lib/Capybara": conversations,
+    "trl-lib/ultrafeedback_binarized": pairs,
+    "trl-lib/kto-mix-14k": rated_answers,
+}
 
 
 @pytest.fixture(scope="module")
 def hub(tiny_model_path):
     with HubServer() as server:
         server.add_repo(MODEL, {path.name: path.read_bytes() for path in Path(tiny_model_path).iterdir()})
-        server.add_repo("trl-lib/Capybara", {"train.jsonl": jsonl(conversations())}, kind="datasets")
+        for name, rows in DATASETS.items():
+            server.add_repo(name, {"train.jsonl": jsonl(rows())}, kind="datasets")
         sums = [{"question": f"What is {i} plus {i}?", "answer": f"{i} + {i} = {2 * i}"} for i in range(8)]
         card = b"---\nconfigs:\n- config_name: main\n  data_files: main/train.jsonl\n---\n"
         server.add_repo("openai/gsm8k", {"README.md": card, "main/train.jsonl": jsonl(sums)}, kind="datasets")
@@ -182,8 +213,8 @@ def test_commands_are_right(page, folder, worker):
             assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
         elif program == "pip":
             check_extras(args[-1])
-        elif program == "trl" and args[0] == "sft":
-            assert worker(parse_sft, str(folder), args[1:]) == MODEL, command
+        elif program == "trl" and args[0] in METHODS:
+            assert worker(parse_training, str(folder), args) == MODEL, command
         elif program == "trl" and args[0] in ("preview", "env"):
             code, output = worker(run_trl, str(folder), args)
             assert code == 0, output
@@ -193,11 +224,13 @@ def test_commands_are_right(page, folder, worker):
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
 def test_config_files_parse(page, folder, worker):
-    """Config files that a page shows are accepted by `trl sft`, mixtures included."""
+    """Config files that a page shows are accepted by the method they are named after, else by `trl sft`."""
     for block in blocks(page, "yaml"):
         name = re.match(r"# (\S+\.yaml)\n", block.code)
         assert name, f"{page.name}:{block.line}: the first line of a config file is its name, `# name.yaml`"
-        assert worker(parse_sft, str(folder), ["--config", name[1]]) == MODEL
+        method = name[1].split(".")[0]
+        method = method if method in METHODS else "sft"
+        assert worker(parse_training, str(folder), [method, "--config", name[1]]) == MODEL
 
 
 def check_extras(requirement: str) -> None:
