@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from trl.data.preflight import HOPELESS_ROWS, PreparationReport, preview
+from trl.data.dataset_report import HOPELESS_ROWS
+from trl.data.preflight import PreparationReport, preview
 from trl.data.preparation import LanguageModelingOptions, prepare_language_modeling_dataset
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from .dataset_report import DatasetReport
 from .formats import describe_rows
 from .packing import packing_efficiency
 from .preflight import CUT_OFF, NO_TRAINED_TOKEN, PACKED_CONTEXT, PreparationReport
@@ -84,26 +85,39 @@ def count_examples(
         report.stop_token_share = None if eos_token is None else float(stops[kept].mean())
         whole = kept & ~truncated
         if whole.any() and stops[whole].mean() < 0.5:
-            report.notes.append(_note_on_stop_token(dataset, tokenizer, eos_token, np.flatnonzero(whole)[:1000]))
+            labels = dataset.select(np.flatnonzero(whole)[:1000])["labels"]
+            answers = ([label for label in row if label != IGNORE_INDEX] for row in labels)
+            report.notes.append(note_on_stop_token(answers, tokenizer, eos_token))
     return bool(truncated.any() or not kept.all())
 
 
-def _note_on_stop_token(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, eos_token: str | None, rows: np.ndarray
+def note_on_stop_token(
+    answers: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, eos_token: str | None
 ) -> str:
-    """Most examples do not train the end-of-sequence token: say so, and which token they end with instead."""
+    """
+    A remark for where most examples do not train the end-of-sequence token; says which token they end with instead.
+
+    Args:
+        answers (`Iterable[Sequence[int]]`):
+            The trained tokens of some examples.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Knows the names of special tokens.
+        eos_token (`str`, *optional*):
+            The token that ends a generation.
+    """
     added = np.array(sorted(tokenizer.get_added_vocab().values()), np.int64)
-    endings = Counter()
-    for labels in dataset.select(rows)["labels"]:
+    endings, n_answers = Counter(), 0
+    for trained in answers:
         # A line break may follow the end of a turn, so the last two are looked at.
-        trained = np.array([label for label in labels if label != IGNORE_INDEX])[-2:]
-        endings.update(trained[np.isin(trained, added)][-1:].tolist())
+        last = np.asarray(trained)[-2:]
+        endings.update(last[np.isin(last, added)][-1:].tolist())
+        n_answers += 1
     note = (
         f"{eos_token} is trained in few examples, so the model may not learn to stop with it"
         if eos_token
         else "the tokenizer has no eos_token, so the model may not learn to stop"
     )
-    if endings and endings.most_common(1)[0][1] > len(rows) / 2:
+    if endings and endings.most_common(1)[0][1] > n_answers / 2:
         ending = tokenizer.convert_ids_to_tokens(endings.most_common(1)[0][0])
         return f"{note}; most examples end with {ending}: consider eos_token={ending!r}."
     return f"{note}."
@@ -141,14 +155,14 @@ def count_packed_rows(dataset: Dataset, strategy: str, max_length: int, report: 
     return kept
 
 
-def count_merged_prompts(rows: np.ndarray, report: PreparationReport) -> None:
+def count_merged_prompts(rows: np.ndarray, report: DatasetReport) -> None:
     """
     Count prompts that are not the beginning of prompt and completion together, token for token; warn of the first.
 
     Args:
         rows (`np.ndarray`):
             Numbers of such rows.
-        report ([`~trl.data.preflight.PreparationReport`]):
+        report ([`~trl.data.dataset_report.DatasetReport`]):
             Counted into.
     """
     if not len(rows):

@@ -7,17 +7,15 @@ nothing can be counted ahead; the report then says so, and keeps count while the
 
 from __future__ import annotations
 
-import io
 import itertools
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from .formats import describe_rows
+from .dataset_report import DatasetReport, percent
 from .token_lists import IGNORE_INDEX
 from .tokenization import get_tokenizer
 
@@ -26,32 +24,15 @@ if TYPE_CHECKING:
 
     from .preparation import LanguageModelingOptions
 
-logger = logging.getLogger(__name__)
-
 NO_TRAINED_TOKEN = "no trained token"
 CUT_OFF = "no trained token left after truncation"
 PACKED_CONTEXT = "packed row without a trained token"
 
-# A stream that has dropped this many rows and kept none will not get better; an endless wait must not look like work.
-HOPELESS_ROWS = 1000
-
 
 @dataclass
-class Dropped:
-    """Rows that are not trained on, for one reason."""
-
-    count: int = 0
-    rows: list[int] = field(default_factory=list)  # the first few, as numbered in the dataset given
-
-    def add(self, indices: Sequence[int]) -> None:
-        self.count += len(indices)
-        self.rows.extend(int(index) for index in indices[: max(0, 10 - len(self.rows))])
-
-
-@dataclass
-class PreparationReport:
+class PreparationReport(DatasetReport):
     """
-    What became of a dataset on its way to the trainer.
+    What became of a dataset on its way to a language-modeling trainer.
 
     Args:
         name (`str`, defaults to `"train"`):
@@ -60,52 +41,35 @@ class PreparationReport:
             The rows are prepared while they are read. Only `rows_in`, `rows_kept` and `dropped` are counted then, and
             only in the process that reads.
 
-    Attributes, all counted after truncation unless they say otherwise:
+    Attributes beyond those of [`~trl.data.dataset_report.DatasetReport`], all counted after truncation unless they
+    say otherwise:
 
-    - `rows_in`, `rows_kept` (`int`): examples given, and examples left.
-    - `dropped` (`dict[str, Dropped]`): by reason, how many examples were dropped and the first row numbers.
     - `tokens_trained`, `tokens_context` (`int`): tokens with and without a label. The first token of a document is
       context: nothing comes before it that could predict it.
     - `rows_truncated`, `tokens_cut` (`int`): examples over `max_length`, and tokens lost by it.
     - `longest`, `median` (`int`, `float`): tokens per example, before truncation.
-    - `max_length` (`int` or `None`): the limit.
     - `rows_packed` (`int` or `None`), `packing_efficiency` (`float` or `None`): rows after packing, and the share of
       their capacity that holds tokens.
     - `stop_tokens` (`list[str]`), `stop_token_share` (`float` or `None`): tokens that end a generation, and the share
       of kept examples in which one of them is trained.
-    - `prompts_merged` (`Dropped`): prompts whose last tokens merge with the completion.
-    - `notes` (`list[str]`): remarks that deserve a reader.
     """
 
-    name: str = "train"
-    streaming: bool = False
-    rows_in: int = 0
-    rows_kept: int = 0
-    dropped: dict[str, Dropped] = field(default_factory=dict)
     tokens_trained: int = 0
     tokens_context: int = 0
     rows_truncated: int = 0
     tokens_cut: int = 0
     longest: int = 0
     median: float = 0.0
-    max_length: int | None = None
     rows_packed: int | None = None
     packing_strategy: str | None = None
     packing_efficiency: float | None = None
     stop_tokens: list[str] = field(default_factory=list)
     stop_token_share: float | None = None
-    prompts_merged: Dropped = field(default_factory=Dropped)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def rows_dropped(self) -> int:
         """Examples dropped, for whatever reason."""
         return sum(dropped.count for reason, dropped in self.dropped.items() if reason != PACKED_CONTEXT)
-
-    def drop(self, reason: str, indices: Sequence[int]) -> None:
-        """Count rows as dropped for a reason; no rows, no entry."""
-        if len(indices):
-            self.dropped.setdefault(reason, Dropped()).add(indices)
 
     def count_stream(self, indices: Sequence[int], trained_uncut: np.ndarray, trained: np.ndarray) -> None:
         """
@@ -122,42 +86,11 @@ class PreparationReport:
         Raises:
             `ValueError`: the first thousand rows and more were dropped and none kept.
         """
-        numbers = np.asarray(indices)
-        self.rows_in += len(numbers)
-        self.rows_kept += int((trained > 0).sum())
-        masked, cut_off = trained_uncut == 0, (trained_uncut > 0) & (trained == 0)
-        for reason, lost in ((NO_TRAINED_TOKEN, numbers[masked]), (CUT_OFF, numbers[cut_off])):
-            if len(lost) and reason not in self.dropped:
-                logger.warning(
-                    "%s dataset: %s dropped (%s). Further ones are counted in silence.",
-                    self.name,
-                    describe_rows(lost.tolist()),
-                    reason,
-                )
-            self.drop(reason, lost)
-        if self.rows_kept == 0 and self.rows_in >= HOPELESS_ROWS:
-            self.raise_if_unusable()
+        masked = trained_uncut == 0
+        self.count_batch(indices, {NO_TRAINED_TOKEN: masked, CUT_OFF: ~masked & (trained == 0)})
 
-    def raise_if_unusable(self) -> None:
-        """
-        Stop here rather than train on nothing.
-
-        Raises:
-            `ValueError`: the dataset is empty, or no example has a trained token. The message names the first rows.
-        """
-        if self.streaming and self.rows_in < HOPELESS_ROWS:
-            return
-        if self.rows_in == 0:
-            raise ValueError(f"The {self.name} dataset is empty: it has 0 rows, and at least 1 is needed.")
-        if self.rows_kept and (self.streaming or self.tokens_trained):
-            return
-        reasons = "; ".join(
-            f"{describe_rows_of(dropped)}: {reason}" for reason, dropped in self.dropped.items() if dropped.count
-        )
-        raise ValueError(
-            f"The {self.name} dataset has no token to train on: none of its {self.rows_in:,} rows is left"
-            f"{f' ({reasons})' if reasons else ''}. {self._advice()}"
-        )
+    def _is_usable(self) -> bool:
+        return self.rows_kept > 0 and (self.streaming or self.tokens_trained > 0)
 
     def _advice(self) -> str:
         if CUT_OFF in self.dropped:
@@ -169,18 +102,12 @@ class PreparationReport:
 
     def rows(self) -> list[tuple[str, str]]:
         """The lines of the table, as label and value."""
-        lines = [("examples", f"{self.rows_in:,}" if self.rows_in else "counted while they are read")]
-        if self.streaming:
-            lines.append(("tokens", "unknown: the dataset is streamed"))
-        if self.rows_dropped or not self.streaming:
-            lines.append(("  kept", f"{self.rows_kept:,}"))
-        for reason, dropped in self.dropped.items():
-            lines.append(("  dropped", f"{dropped.count:,} — {reason} ({describe_rows_of(dropped)})"))
+        lines = super().rows()
         if self.streaming:
             return lines
         total = self.tokens_trained + self.tokens_context
         lines += [
-            ("tokens trained", f"{self.tokens_trained:,} ({_percent(self.tokens_trained, total)})"),
+            ("tokens trained", f"{self.tokens_trained:,} ({percent(self.tokens_trained, total)})"),
             ("tokens context", f"{self.tokens_context:,}"),
             ("length", f"median {self.median:,.0f}, longest {self.longest:,}"),
             (
@@ -197,50 +124,6 @@ class PreparationReport:
             stop = " or ".join(self.stop_tokens)
             lines.append(("stop token", f"{stop} trained in {self.stop_token_share:.1%} of examples"))
         return lines
-
-    def render(self) -> str:
-        """The report as a short table: boxed where `rich` is installed, plain lines otherwise."""
-        title = f"Pre-flight: {self.name} dataset"
-        try:
-            return _render_rich(title, self.rows(), self.notes)
-        except ImportError:
-            return _render_plain(title, self.rows(), self.notes)
-
-    def __str__(self) -> str:
-        return self.render()
-
-
-def describe_rows_of(dropped: Dropped) -> str:
-    """`row 3`; `rows 1, 4 and 20 more`."""
-    listed = dropped.rows[:5]
-    more = dropped.count - len(listed)
-    text = f"row{'s' if dropped.count > 1 else ''} {', '.join(map(str, listed))}"
-    return f"{text} and {more:,} more" if more > 0 else text
-
-
-def _percent(part: int, total: int) -> str:
-    return f"{part / total:.1%}" if total else "0%"
-
-
-def _render_plain(title: str, rows: Iterable[tuple[str, str]], notes: Sequence[str]) -> str:
-    lines = [title, *(f"  {label:<16}{value}" for label, value in rows), *(f"  ! {note}" for note in notes)]
-    return "\n".join(lines)
-
-
-def _render_rich(title: str, rows: Iterable[tuple[str, str]], notes: Sequence[str]) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.ROUNDED, show_header=False)
-    for label, value in rows:
-        table.add_row(Text(label), Text(value))
-    for note in notes:
-        table.add_row(Text("note"), Text(note))
-    console = Console(file=io.StringIO(), width=110, color_system=None)
-    console.print(table)
-    return console.file.getvalue().rstrip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
