@@ -245,13 +245,16 @@ def test_aot_compares_quantiles():
     ("alpha", "same"), [(0.0, "forward_kl"), (1.0, "reverse_kl"), (1 + 5e-7, "reverse_kl"), (1 - 2e-6, "reverse_kl")]
 )
 def test_alpha_divergence_has_the_kl_divergences_at_its_ends(alpha, same):
-    logratios = torch.linspace(-3, 3, 7, dtype=torch.float64)
-    torch.testing.assert_close(
-        F_DIVERGENCES["alpha_divergence"](logratios, alpha),
-        F_DIVERGENCES[same](logratios, alpha),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    logratios = torch.linspace(-3, 3, 7)
+    actual, expected = F_DIVERGENCES["alpha_divergence"](logratios, alpha), F_DIVERGENCES[same](logratios, alpha)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (actual is logratios) == (abs(alpha - 1) < 1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
+def test_scores_keep_their_digits_next_to_the_reference(divergence):
+    logratios = torch.tensor([1e-6, -1e-6])  # the first steps; every score is then about the log-ratio
+    torch.testing.assert_close(F_DIVERGENCES[divergence](logratios, 0.5), logratios, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 11), (torch.bfloat16, 80), (torch.float32, 80)])

@@ -11,7 +11,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def bounded_exp(exponents: Tensor) -> Tensor:
-    """exp in float32 or better, of exponents cut where it would leave the range of the type they came in."""
+def bounded_exponents(exponents: Tensor) -> Tensor:
+    """In float32 or better, cut where their exponential would leave the range of the type they came in."""
     bound = 11.0 if exponents.dtype == torch.float16 else 80.0
-    return at_least_fp32(exponents).clamp(max=bound).exp()
+    return at_least_fp32(exponents).clamp(max=bound)

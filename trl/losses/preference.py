@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import at_least_fp32, bounded_exp
+from .numerics import at_least_fp32, bounded_exponents
 from .preference_options import F_DIVERGENCE_TYPES, PREFERENCE_LOSS_TYPES, PreferenceLossOptions
 
 __all__ = [
@@ -163,7 +163,7 @@ def reverse_kl_score(logratios_B: Tensor, alpha: float) -> Tensor:
 
 def forward_kl_score(logratios_B: Tensor, alpha: float) -> Tensor:
     """s = 1 − exp(−r) (https://huggingface.co/papers/2309.16240): covers what the reference covers. −r is cut at 80."""
-    return 1 - bounded_exp(-logratios_B)
+    return -bounded_exponents(-logratios_B).expm1()
 
 
 def js_divergence_score(logratios_B: Tensor, alpha: float) -> Tensor:
@@ -178,7 +178,7 @@ def alpha_divergence_score(logratios_B: Tensor, alpha: float) -> Tensor:
     """
     if abs(alpha - 1) < 1e-6:  # the limit, where the formula is 0 / 0
         return reverse_kl_score(logratios_B, alpha)
-    return (bounded_exp((alpha - 1) * logratios_B) - 1) / (alpha - 1)
+    return bounded_exponents((alpha - 1) * logratios_B).expm1() / (alpha - 1)
 
 
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -345,7 +345,7 @@ def discopop(inputs: PreferenceLossInputs, options: PreferenceLossOptions) -> Te
     modulation_B = margins_B / options.discopop_tau
     logistic_B = -(-modulation_B).sigmoid() * F.logsigmoid(margins_B)
     # m·exp(−x) in one exponential: for a very negative x the factors are 0 and infinite.
-    return logistic_B + bounded_exp(F.logsigmoid(modulation_B) - margins_B)
+    return logistic_B + bounded_exponents(F.logsigmoid(modulation_B) - margins_B).exp()
 
 
 def sft(inputs: PreferenceLossInputs, options: PreferenceLossOptions) -> Tensor:
