@@ -11,6 +11,9 @@ from .base import Command, CommandContext
 
 TRAINING_METHODS = {
     "sft": "Fine-tune a model on texts or conversations (supervised fine-tuning).",
+    "dpo": "Learn from pairs of answers, one preferred to the other (direct preference optimization).",
+    "kto": "Learn from single answers that are good or bad (Kahneman-Tversky optimization).",
+    "reward": "Train a model that scores answers, from pairs (reward model).",
 }
 """Method -> line of help. Each has a script `trl/scripts/<method>.py` with `make_parser` and `main`."""
 
