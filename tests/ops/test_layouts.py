@@ -192,7 +192,7 @@ def test_models_that_cannot_are_refused_with_the_reason(name):
         score_tokens(model, packed(documents()))
     with pytest.raises(PackingNotSupportedError, match=reason):
         score_tokens(model, padded(documents()), layout="packed")
-    assert choose_layout(model, padded(documents()), "auto") == "padded"
+    assert choose_layout(model, padded(documents()), "auto").name == "padded"
 
 
 class TestChooseLayout:
@@ -202,28 +202,30 @@ class TestChooseLayout:
 
     def test_packs_where_it_pays(self):
         model = make_model("llama")
-        assert choose_layout(model, self.batch([64, 4, 4, 4]), "auto") == "packed"
-        assert choose_layout(model, self.batch([64, 64, 64, 60]), "auto") == "padded"
+        assert choose_layout(model, self.batch([64, 4, 4, 4]), "auto").name == "packed"
+        assert choose_layout(model, self.batch([64, 64, 64, 60]), "auto").name == "padded"
 
     def test_counts_the_dense_mask(self):
         """A little padding in long rows: the tokens saved cost less than the pairs that the mask throws away."""
         model, batch = make_model("llama"), self.batch([256] * 8 + [100] * 8)
-        assert choose_layout(model, batch, "auto") == "padded"
+        assert choose_layout(model, batch, "auto").name == "padded"
         model.config._attn_implementation = "flex_attention"
-        assert choose_layout(model, batch, "auto") == "packed"
+        assert choose_layout(model, batch, "auto").name == "packed"
 
     def test_leaves_what_it_does_not_know(self):
         model, batch = make_model("llama"), self.batch([64, 4, 4, 4])
-        assert choose_layout(model, {**batch, "pixel_values": torch.zeros(1)}, "auto") == "padded"
-        assert choose_layout(model, {**batch, "attention_mask": batch["attention_mask"].flip(1)}, "auto") == "padded"
+        assert choose_layout(model, {**batch, "pixel_values": torch.zeros(1)}, "auto").name == "padded"
+        assert (
+            choose_layout(model, {**batch, "attention_mask": batch["attention_mask"].flip(1)}, "auto").name == "padded"
+        )
         labels = batch["labels"].clone()
         labels[1, 30] = 7
-        assert choose_layout(model, {**batch, "labels": labels}, "auto") == "padded"
+        assert choose_layout(model, {**batch, "labels": labels}, "auto").name == "padded"
         with pytest.raises(PackingNotSupportedError, match="A padding token has a label"):
             choose_layout(model, {**batch, "labels": labels}, "packed")
 
     def test_unknown_layout(self):
-        with pytest.raises(ValueError, match='must be "auto", "padded" or "packed"'):
+        with pytest.raises(ValueError, match='must be "auto", "padded", "packed" or "shared_prefix"'):
             choose_layout(make_model("llama"), self.batch([4]), "dense")
 
 
@@ -237,12 +239,13 @@ def test_left_padded_rows_pack_on_request():
 
 def test_pack_padded_keeps_every_token():
     batch = padded(documents())
-    row, plan = pack_padded(batch)
+    row, positions = pack_padded(batch)
     assert is_packed(row)
     assert not is_packed(batch)
     assert row["input_ids"].tolist() == [torch.cat(documents()).tolist()]
     assert row["position_ids"].tolist() == [[position for length in LENGTHS for position in range(length)]]
-    assert torch.equal(row["input_ids"][0][plan.index_BT[plan.mask_BT]], batch["input_ids"][plan.mask_BT])
+    assert torch.equal(row["input_ids"][0][positions.index_N + 1], positions.targets_N)
+    assert torch.equal(batch["input_ids"][:, 1:][positions.mask], positions.targets_N)
 
 
 @pytest.mark.parametrize("pad_to", [0, 40])

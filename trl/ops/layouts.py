@@ -1,5 +1,6 @@
 """
-Layouts of a batch: padded rows, or documents packed end to end in one row. The same numbers, less work.
+Layouts of a batch: padded rows, documents packed end to end in one row, or rows that share a beginning computed once
+(`trl.ops.shared_prefix`). The same numbers, less work.
 
 What makes a packed row right is that no document sees another. How a model is told so depends on its attention:
 sdpa and eager get the explicit mask, in the form that the installed Transformers takes (one mask, or one for each type
@@ -7,16 +8,17 @@ of layer), flash attention gets the cumulative lengths, and flex attention build
 that restart at 0. None of it depends on training or evaluation mode. Models that carry a state along the row
 (recurrent, convolutional) cannot be told, and are refused.
 
-Shapes: B rows, T tokens, S tokens of a packed row.
+Shapes: B rows, T tokens, S tokens of a packed row, N scored tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,16 +26,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from .shared_prefix import Arrangement, SharedRows, Sight, arrange, block_mask, dense_mask, find_shared
+
 IGNORE_INDEX = -100
+LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 # What a collator adds for flash attention; made anew here, so that padding at the end is one document.
 _VARLEN_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Attention that computes what a mask leaves out, and throws it away.
+_DENSE_ATTENTION = ("sdpa", "eager")
 # Types of layers (`config.layer_types`) whose attention is a mask and nothing else.
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _TEXT_KEYS = {"input_ids", "attention_mask", "labels", "shift_labels"}
 
 
 class PackingNotSupportedError(ValueError):
-    """A model that cannot keep packed documents apart; the message says why."""
+    """A model or a batch that cannot be laid out anew without changing its numbers; the message says why."""
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """
+    How a batch is laid out, and why so.
+
+    Args:
+        name: `"padded"`, `"packed"` or `"shared_prefix"`.
+        reason: a sentence without its full stop.
+        sharing: for `"shared_prefix"`, what the rows share and where they go.
+    """
+
+    name: str
+    reason: str
+    sharing: tuple[SharedRows, Arrangement] | None = field(default=None, repr=False, compare=False)
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
@@ -73,8 +96,21 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if getattr(config, "alibi", False):
         return f"{name} weighs positions along the whole row (ALiBi), so that a packed document cannot start at 0"
     implementation = config._attn_implementation
-    if "chunked_attention" in layer_types and implementation not in ("sdpa", "eager"):
+    if "chunked_attention" in layer_types and implementation not in _DENSE_ATTENTION:
         return f"{name} attends in chunks of the row, which {implementation} cannot start anew with every document"
+    return None
+
+
+def why_not_shared_prefix(model: PreTrainedModel) -> str | None:
+    """The reason why a model cannot let rows share a beginning, or `None` if it can."""
+    reason = why_not_packed(model)
+    if reason is not None:
+        return reason
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation not in (*_DENSE_ATTENTION, "flex_attention"):
+        return f"{implementation} takes no mask in which two answers see one prompt but not each other"
+    if _mask_form(model) is None:
+        return f"{type(model).__name__} makes its attention masks by itself and takes none of ours"
     return None
 
 
@@ -95,42 +131,98 @@ def check_packable(model: PreTrainedModel) -> None:
         raise PackingNotSupportedError(f"{reason}. Use padded batches: packing=False and padding_free=False.")
 
 
-def choose_layout(model: PreTrainedModel, batch: Mapping[str, Any], layout: str) -> str:
+def choose_layout(
+    model: PreTrainedModel, batch: Mapping[str, Any], layout: str, groups: Tensor | None = None
+) -> LayoutChoice:
     """
-    `"padded"` or `"packed"` for a padded batch.
+    The layout of a padded batch.
 
-    `"auto"` packs where that saves at least a tenth of the estimated work: a token costs 24 D² operations in the
-    linear maps of a layer, and each pair of tokens that attention computes, masked or not, 4 D.
+    `"auto"` leaves the padded rows where another layout saves at least a tenth of the estimated work, and shares
+    beginnings where that saves another tenth: a token costs 24 D² operations in the linear maps of a layer, and each
+    pair of tokens that attention computes, masked or not, 4 D.
 
     Args:
         model: the bare causal language model.
         batch: a padded batch.
-        layout: `"auto"`, `"padded"` or `"packed"`.
+        layout: `"auto"`, `"padded"`, `"packed"` or `"shared_prefix"`; the last becomes `"auto"` where no rows of a
+            group begin alike.
+        groups: int64, [B]; rows with the same number may begin alike. Default: none do.
 
     Raises:
         ValueError: if the layout is unknown, or asked for and not possible for this model or batch.
     """
-    if layout not in ("auto", "padded", "packed"):
-        raise ValueError(f'layout must be "auto", "padded" or "packed", got {layout!r}.')
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be "auto", "padded", "packed" or "shared_prefix", got {layout!r}.')
     if layout == "padded":
-        return "padded"
+        return LayoutChoice("padded", "It was asked for")
     reason = why_not_packed(model) or _why_not_repacked(batch)
+    if layout == "shared_prefix":
+        reason = reason or why_not_shared_prefix(model)
+    if reason is not None:
+        if layout == "auto":
+            return LayoutChoice("padded", reason)
+        raise PackingNotSupportedError(f"{reason}. Use layout='padded'.")
     if layout == "packed":
-        if reason is not None:
-            raise PackingNotSupportedError(f"{reason}. Use layout='padded'.")
-        return "packed"
-    if reason is not None or not _is_right_padded(batch["attention_mask"]):
-        return "padded"
+        return LayoutChoice("packed", "It was asked for")
 
-    lengths = batch["attention_mask"].sum(dim=1).double()
+    sharing = _plan_sharing(model, batch, groups)
+    if layout == "shared_prefix" and sharing is not None:
+        return LayoutChoice("shared_prefix", "It was asked for", sharing)
+    if not _is_right_padded(batch["attention_mask"]):
+        return LayoutChoice("padded", "Rows padded on the left start at another position, so they stay as they are")
+    choice = _cheapest_layout(model, batch, sharing)
+    if layout == "shared_prefix":
+        return LayoutChoice(choice.name, f"No two rows of a group begin alike. {choice.reason}")
+    return choice
+
+
+def _plan_sharing(
+    model: PreTrainedModel, batch: Mapping[str, Any], groups: Tensor | None
+) -> tuple[SharedRows, Arrangement] | None:
+    """What the rows of a batch share and where they go, or `None` where they share nothing."""
+    if groups is None or why_not_shared_prefix(model) is not None:
+        return None
+    if groups.shape != batch["input_ids"].shape[:1]:
+        raise ValueError(
+            f"groups must have one number for each of the {len(batch['input_ids'])} rows, got a tensor of shape "
+            f"{tuple(groups.shape)}."
+        )
+    rows = find_shared(batch, groups)
+    config = model.config.get_text_config()
+    arrangement = arrange(rows, _token_cost(model), dense=config._attn_implementation in _DENSE_ATTENTION)
+    return (rows, arrangement) if arrangement.tokens < rows.lengths_B.sum() else None
+
+
+def _token_cost(model: PreTrainedModel) -> int:
+    """What a token costs in the linear maps, in pairs of tokens in attention."""
+    return 6 * model.config.get_text_config().hidden_size
+
+
+def _cheapest_layout(
+    model: PreTrainedModel, batch: Mapping[str, Any], sharing: tuple[SharedRows, Arrangement] | None
+) -> LayoutChoice:
     rows, width = batch["attention_mask"].shape
-    hidden_size = model.config.get_text_config().hidden_size
-    packed_tokens = lengths.sum().item()
-    dense = model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+    lengths = batch["attention_mask"].sum(dim=1).double()
+    packed_tokens = int(lengths.sum())
+    dense = model.config.get_text_config()._attn_implementation in _DENSE_ATTENTION
     packed_pairs = packed_tokens**2 if dense else lengths.square().sum().item()
-    padded_work = rows * width * 6 * hidden_size + rows * width**2
-    packed_work = packed_tokens * 6 * hidden_size + packed_pairs
-    return "packed" if packed_work < 0.9 * padded_work else "padded"
+    cost = _token_cost(model)
+    padded_work = work = rows * width * cost + rows * width**2
+    best, tokens = LayoutChoice("padded", "No other layout saves a tenth of the estimated work"), rows * width
+    packed_work = packed_tokens * cost + packed_pairs
+    if packed_work < 0.9 * work:
+        best, tokens, work = LayoutChoice("packed", "Padding is left out"), packed_tokens, packed_work
+    if sharing is not None:
+        arrangement = sharing[1]
+        laid_out_tokens = math.prod(arrangement.shape)
+        shared_work = laid_out_tokens * cost + arrangement.pairs
+        if shared_work < 0.9 * work:
+            best = LayoutChoice("shared_prefix", "What rows have in common is computed once", sharing)
+            tokens, work = laid_out_tokens, shared_work
+    if best.name == "padded":
+        return best
+    saved = f"{tokens:,} tokens instead of {rows * width:,}, about {1 - work / padded_work:.0%} less work"
+    return replace(best, reason=f"{best.reason}: {saved}")
 
 
 def _why_not_repacked(batch: Mapping[str, Any]) -> str | None:
@@ -162,15 +254,39 @@ def _is_right_padded(attention_mask: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class PackingPlan:
-    """Where each token of a padded batch lies in the packed row: `index_BT`, meaningful where `mask_BT` is True."""
+class ScoredPositions:
+    """
+    Where to find, in a batch laid out anew, what the tokens of the padded batch are scored from.
 
-    mask_BT: Tensor
-    index_BT: Tensor
-    shifted: bool
+    Args:
+        mask: the scored tokens, in the shape of the scores: [B, T - 1], or [B, T] for shifted labels.
+        index_N: place of the hidden state that predicts each of them, counted through all laid-out rows. Rows that
+            share a beginning have places in common.
+        targets_N: the tokens to be predicted.
+    """
+
+    mask: Tensor
+    index_N: Tensor
+    targets_N: Tensor
 
 
-def pack_padded(batch: Mapping[str, Any]) -> tuple[dict[str, Any], PackingPlan]:
+def find_scored_positions(batch: Mapping[str, Any], mask_BT: Tensor, index_BT: Tensor) -> ScoredPositions:
+    """
+    Args:
+        batch: the padded batch, with `labels` or `shift_labels`.
+        mask_BT: its tokens.
+        index_BT: their places in the new layout.
+    """
+    if "shift_labels" in batch:
+        labels, known, index = batch["shift_labels"], mask_BT, index_BT
+    else:
+        # A token is predicted at the position before it; a row's first token at none.
+        labels, known, index = batch["labels"][:, 1:], mask_BT[:, 1:] & mask_BT[:, :-1], index_BT[:, :-1]
+    mask = (labels != IGNORE_INDEX) & known
+    return ScoredPositions(mask, index[mask], labels[mask])
+
+
+def pack_padded(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], ScoredPositions]:
     """
     Lay the rows of a padded batch end to end, without the padding.
 
@@ -178,38 +294,15 @@ def pack_padded(batch: Mapping[str, Any]) -> tuple[dict[str, Any], PackingPlan]:
         batch: `input_ids`, `attention_mask`, and `labels` or `shift_labels`, [B, T].
 
     Returns:
-        The packed batch, [1, S], with `position_ids` that restart at 0, and the plan for `unpack_scores`.
+        The packed batch, [1, S], with `position_ids` that restart at 0, and where its tokens are scored.
     """
     mask_BT = batch["attention_mask"].bool()
-    first_BT = mask_BT & (mask_BT.cumsum(dim=1) == 1)
     packed = {
         "input_ids": batch["input_ids"][mask_BT].unsqueeze(0),
         "position_ids": (mask_BT.cumsum(dim=1) - 1)[mask_BT].unsqueeze(0),
     }
-    shifted = "shift_labels" in batch
-    if shifted:
-        packed["shift_labels"] = batch["shift_labels"][mask_BT].unsqueeze(0)
-    else:
-        labels_BT = batch["labels"].masked_fill(first_BT, IGNORE_INDEX)
-        packed["labels"] = labels_BT[mask_BT].unsqueeze(0)
     index_BT = (mask_BT.flatten().cumsum(dim=0) - 1).view_as(mask_BT)
-    return packed, PackingPlan(mask_BT, index_BT, shifted)
-
-
-def unpack_scores(scores: Any, plan: PackingPlan) -> Any:
-    """Put the per-token values of a packed row ([1, S - 1], or [1, S] for shifted labels) back into padded rows."""
-    if plan.shifted:
-        index, mask = plan.index_BT, plan.mask_BT
-    else:
-        # The value of a token is that of the position before it; a row's first token has none.
-        mask = plan.mask_BT[:, 1:] & plan.mask_BT[:, :-1]
-        index = plan.index_BT[:, 1:] - 1
-    for name, value in scores.items():
-        if value.dim() == 2:
-            here = mask.to(value.device)
-            row = value[0][index.to(value.device).clamp(min=0)]
-            scores[name] = torch.where(here, row, torch.zeros_like(row))
-    return scores
+    return packed, find_scored_positions(batch, mask_BT, index_BT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +340,7 @@ def prepare_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[di
     implementation = model.config.get_text_config()._attn_implementation
     if "flash" in implementation:
         inputs.update(_varlen_arguments(position_ids))
-    elif implementation in ("sdpa", "eager"):
+    elif implementation in _DENSE_ATTENTION:
         mask = _explicit_mask(model, position_ids)
         if mask is not None:
             inputs["attention_mask"] = mask
@@ -282,28 +375,63 @@ def _varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
 
 def _explicit_mask(model: PreTrainedModel, position_ids: Tensor) -> Tensor | dict[str, Tensor] | None:
     """
-    The mask that keeps documents apart, or one for each type of layer, as the installed Transformers makes it.
+    The mask that keeps documents apart, or one for each type of layer, as the installed Transformers makes it; `None`
+    for a model that makes its own from `position_ids`.
+    """
+    if not (position_ids[0, 1:] == 0).any():
+        return None  # a single document: plain causal attention
+    return _make_masks(model, lambda layer_type: _mask_of_layer_type(model, layer_type, position_ids))
 
-    `None` for a model that makes its own from `position_ids`: one with several types of layers that takes no mapping
-    of masks, or one whose text model is inside a larger one.
+
+def make_shared_prefix_masks(model: PreTrainedModel, sight: Sight) -> Any:
+    """
+    The mask for rows that share a beginning, or one for each type of layer, in the form that the model's attention
+    takes. Called inside the model's forward, where autocast, if any, is on.
+
+    Args:
+        model: the bare causal language model.
+        sight: which tokens see which.
+    """
+    config, device = model.config, sight.parts_RW.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+
+    def make(layer_type: str) -> Any:
+        window = config.sliding_window if layer_type == "sliding_attention" else None
+        chunk = config.attention_chunk_size if layer_type == "chunked_attention" else None
+        if config._attn_implementation == "flex_attention":
+            return block_mask(sight, window, chunk)
+        return dense_mask(sight, dtype, window, chunk)
+
+    return _make_masks(model, make)
+
+
+def _make_masks(model: PreTrainedModel, make: Callable[[str], Any]) -> Any:
+    form = _mask_form(model)
+    if form is None:
+        return None
+    return make(form) if isinstance(form, str) else {layer_type: make(layer_type) for layer_type in form}
+
+
+def _mask_form(model: PreTrainedModel) -> str | tuple[str, ...] | None:
+    """
+    The type of layer that the one mask of a model is for; the types, where it takes a mapping with a mask for each.
+
+    `None` for a model that cannot be given its masks: one with several types of layers that takes no mapping of masks,
+    or one whose text model is inside a larger one.
     """
     config = model.config
     if config.get_text_config() is not config:
         return None
-    if not (position_ids[0, 1:] == 0).any():
-        return None  # a single document: plain causal attention
     layer_types = set(getattr(config, "layer_types", None) or ())
     if layer_types:
-        if not _takes_mask_mapping(find_backbone(model)):
-            return None
-        return {layer_type: _mask_of_layer_type(model, layer_type, position_ids) for layer_type in layer_types}
+        return tuple(sorted(layer_types)) if _takes_mask_mapping(find_backbone(model)) else None
     # A config may name a window that its model never looks at.
     makes_windows = "create_sliding_window_causal_mask" in _source(find_backbone(model))
     if makes_windows and getattr(config, "sliding_window", None) is not None:
-        return _mask_of_layer_type(model, "sliding_attention", position_ids)
+        return "sliding_attention"
     if getattr(config, "attention_chunk_size", None) is not None:
-        return _mask_of_layer_type(model, "chunked_attention", position_ids)
-    return _mask_of_layer_type(model, "full_attention", position_ids)
+        return "chunked_attention"
+    return "full_attention"
 
 
 def _mask_of_layer_type(model: PreTrainedModel, layer_type: str, position_ids: Tensor) -> Tensor:

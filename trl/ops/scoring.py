@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -34,7 +35,19 @@ from .head import (
     token_objective,
     token_statistics,
 )
-from .layouts import IGNORE_INDEX, choose_layout, find_backbone, is_packed, pack_padded, prepare_packed, unpack_scores
+from .layouts import (
+    IGNORE_INDEX,
+    LayoutChoice,
+    ScoredPositions,
+    choose_layout,
+    find_backbone,
+    find_scored_positions,
+    is_packed,
+    make_shared_prefix_masks,
+    pack_padded,
+    prepare_packed,
+)
+from .shared_prefix import Sight, lay_out
 
 logger = logging.get_logger(__name__)
 
@@ -52,9 +65,11 @@ class ScoreRequest:
         objective: from log-probabilities to losses and their derivatives (`trl.losses.language_modeling`); with it,
             gradients are made in the forward pass and only `loss_sum` carries one.
         chunk_size: tokens projected at a time; `None` picks a size for the vocabulary.
-        aux_mask: 1 for the tokens that count in the router loss of a mixture of experts, [B, T]; default: the
-            attention mask.
+        aux_mask: how often a token counts in the router loss of a mixture of experts, [B, T]; default: the attention
+            mask.
         head_in_fp32: project in float32, autocast or not.
+        positions: what to score, for a batch laid out anew; default: as the labels say.
+        sight: which tokens see which, for rows that share a beginning.
     """
 
     temperature: float = 1.0
@@ -63,6 +78,8 @@ class ScoreRequest:
     chunk_size: int | None = None
     aux_mask: Tensor | None = None
     head_in_fp32: bool = False
+    positions: ScoredPositions | None = None
+    sight: Sight | None = None
 
     def __post_init__(self):
         unknown = set(self.outputs) - set(OPTIONAL_OUTPUTS)
@@ -114,6 +131,7 @@ def score_tokens(
     outputs: tuple[str, ...] = (),
     objective: Objective | None = None,
     layout: str = "auto",
+    groups: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> TokenScores:
     """
@@ -129,7 +147,11 @@ def score_tokens(
         outputs: further statistics: `entropy`, `log_sum_sq_probs`, `mean_logits`, `is_top1`.
         objective: from log-probabilities to losses and derivatives; see `TokenScores.loss_sum`.
         layout: how to lay out a padded batch for the model: `"padded"` as it is, `"packed"` as one row without
-            padding, `"auto"` whichever is cheaper for a model that can do both. The numbers are the same.
+            padding, `"shared_prefix"` with the common beginning of a group of rows computed once, `"auto"` whichever
+            is cheapest for what the model can do. The numbers are the same. What was chosen, and why, is in the
+            causal language model's `_layout_choice` afterwards.
+        groups: int64, [B]; rows with the same number may share a beginning, such as a prompt. The beginning itself is
+            found from the tokens. Default: no sharing.
         chunk_size: tokens projected at a time; `None` picks a size for the vocabulary.
 
     Returns:
@@ -146,19 +168,31 @@ def score_tokens(
         raise ValueError("score_tokens needs `labels` or `shift_labels` in the batch, to know which tokens to score.")
     request = ScoreRequest(temperature, tuple(outputs), objective, chunk_size)
 
-    plan = None
+    causal_lm._layout_choice = choice = _choose(causal_lm, inputs, layout, groups)
     if is_packed(inputs):
         inputs, aux_mask = prepare_packed(causal_lm, inputs)
         request = replace(request, aux_mask=aux_mask)
-    elif choose_layout(causal_lm, inputs, layout) == "packed":
-        inputs, plan = pack_padded(inputs)
+    elif choice.name == "packed":
+        inputs, positions = pack_padded(inputs)
         inputs, aux_mask = prepare_packed(causal_lm, inputs)
-        request = replace(request, aux_mask=aux_mask)
+        request = replace(request, aux_mask=aux_mask, positions=positions)
+    elif choice.name == "shared_prefix":
+        laid_out = lay_out(inputs, *choice.sharing)
+        positions = find_scored_positions(inputs, laid_out.mask_BT, laid_out.index_BT)
+        inputs = laid_out.inputs
+        request = replace(request, aux_mask=laid_out.weight_RW, positions=positions, sight=laid_out.sight)
 
-    length = (inputs.get("shift_labels") if "shift_labels" in inputs else inputs["labels"][:, 1:]).shape[1]
     scores = model(**inputs, use_cache=False, scoring=request)
-    scores = _drop_virtual_tokens(scores, length)
-    return scores if plan is None else unpack_scores(scores, plan)
+    if request.positions is None:
+        length = (inputs.get("shift_labels") if "shift_labels" in inputs else inputs["labels"][:, 1:]).shape[1]
+        scores = _drop_virtual_tokens(scores, length)
+    return scores
+
+
+def _choose(causal_lm: PreTrainedModel, inputs: dict[str, Any], layout: str, groups: Tensor | None) -> LayoutChoice:
+    if is_packed(inputs):
+        return LayoutChoice("packed", "The batch came as one row of documents")
+    return choose_layout(causal_lm, inputs, layout, groups)
 
 
 def _drop_virtual_tokens(scores: TokenScores, length: int) -> TokenScores:
@@ -276,6 +310,8 @@ def run_scoring(
     """
     inputs.pop("num_items_in_batch", None)
     inputs.pop("return_dict", None)
+    if request.sight is not None:
+        inputs["attention_mask"] = make_shared_prefix_masks(model, request.sight)
     head, backbone = _split(model)
     if head is None:
         hidden_BTD, outputs = _full_logits(model, inputs)
@@ -285,11 +321,16 @@ def run_scoring(
         outputs = backbone(**inputs, return_dict=True)
         hidden_BTD = outputs.last_hidden_state
 
-    targets = shift_labels if shift_labels is not None else labels[:, 1:]
-    hidden_BTD = hidden_BTD[:, : targets.shape[1]]
-    targets = targets.to(hidden_BTD.device)
-    mask = targets != IGNORE_INDEX
-    hidden_ND, targets_N = hidden_BTD[mask], targets[mask]
+    if request.positions is None:
+        targets = shift_labels if shift_labels is not None else labels[:, 1:]
+        hidden_BTD = hidden_BTD[:, : targets.shape[1]]
+        targets = targets.to(hidden_BTD.device)
+        mask = targets != IGNORE_INDEX
+        hidden_ND, targets_N = hidden_BTD[mask], targets[mask]
+    else:
+        mask, targets_N = request.positions.mask, request.positions.targets_N.to(hidden_BTD.device)
+        # Several tokens may be predicted at one position; the gradients of an embedding add up in a fixed order.
+        hidden_ND = F.embedding(request.positions.index_N.to(hidden_BTD.device), hidden_BTD.flatten(0, 1))
 
     if head is None:
         transform = LogitTransform(temperature=request.temperature)  # the model has applied its own
