@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from .formats import (
     DatasetColumnError,
@@ -367,23 +366,41 @@ def unpair_preference_dataset(
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         return type(dataset)({name: unpair_preference_dataset(split, **map_kwargs) for name, split in dataset.items()})
 
+    return unpair_columns(dataset, {"completion": ("chosen", "rejected")}, **map_kwargs)
+
+
+def unpair_columns(
+    dataset: Dataset | IterableDataset,
+    columns: Mapping[str, tuple[str, str]],
+    order: Callable[[int], Sequence[int]] | None = None,
+    **map_kwargs: Any,
+) -> Dataset | IterableDataset:
+    """
+    Map [`unpair_table`] over a dataset; the arguments are those of the two functions.
+    """
     original_format = get_dataset_format(dataset)
+    replaced = {old: new for new, pair in columns.items() for old in pair}
     if original_format.get("columns"):
-        replaced = {"chosen": "completion", "rejected": "label"}
-        original_format["columns"] = [replaced.get(column, column) for column in original_format["columns"]]
-    if dataset.features is not None and dataset.features["chosen"] == dataset.features["rejected"]:
-        features = {name: kind for name, kind in dataset.features.items() if name not in ("chosen", "rejected")}
-        features |= {"completion": dataset.features["chosen"], "label": Value("bool")}
-        map_kwargs.setdefault("features", Features(features))
+        kept = dict.fromkeys(replaced.get(column, column) for column in original_format["columns"])
+        original_format["columns"] = [*kept, "label"]
+    features = dataset.features
+    if features is not None and all(features[chosen] == features[rejected] for chosen, rejected in columns.values()):
+        unpaired = {name: kind for name, kind in features.items() if name not in replaced}
+        unpaired |= {name: features[chosen] for name, (chosen, _) in columns.items()} | {"label": Value("bool")}
+        map_kwargs.setdefault("features", Features(unpaired))
     unpaired = dataset.with_format("arrow").map(
-        unpair_table, batched=True, remove_columns=["chosen", "rejected"], **map_kwargs
+        unpair_table,
+        batched=True,
+        remove_columns=list(replaced),
+        fn_kwargs={"columns": dict(columns), "order": order},
+        **map_kwargs,
     )
     return unpaired.with_format(**original_format)
 
 
 def unpair_table(
     table: pa.Table,
-    columns: Mapping[str, tuple[str, str]] = MappingProxyType({"completion": ("chosen", "rejected")}),
+    columns: Mapping[str, tuple[str, str]],
     order: Callable[[int], Sequence[int]] | None = None,
 ) -> pa.Table:
     """
@@ -392,7 +409,7 @@ def unpair_table(
     Args:
         table (`pa.Table`):
             Pairs.
-        columns (`Mapping[str, tuple[str, str]]`, *optional*):
+        columns (`Mapping[str, tuple[str, str]]`):
             New column -> columns of its values in the chosen and in the rejected rows. Other columns are repeated.
         order (`Callable[[int], Sequence[int]]`, *optional*):
             Of `n` pairs, the numbers of the rows in their new order: 0 to n - 1 are the chosen, n to 2n - 1 the

@@ -1,0 +1,635 @@
+"""
+A dataset of preferences on its way to a trainer: checked, tokenized, rid of rows that teach nothing, and counted.
+
+Pairs keep their prompt apart from their answers (DPO), are tokenized whole (reward models), or become labelled rows
+(KTO). Nothing is cut here: the collators cut at `max_length`, so that another limit reuses the tokens. What the cut
+will do is known all the same; rows that it leaves nothing of are dropped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from .counting import count_merged_prompts, iter_tables, note_on_stop_token
+from .dataset_steps import check_dataset, check_not_empty, map_description, read_options, resolve_eos_token
+from .fingerprints import fingerprint_processing_class, fingerprint_step
+from .formats import (
+    IMPLICIT_PREFERENCE,
+    PREFERENCE,
+    UNPAIRED_PREFERENCE,
+    DatasetFormatError,
+    Shape,
+    check_columns,
+    check_rows,
+)
+from .pair_checks import PairChecker, check_labels, check_margins, check_token_lists, is_empty_answer
+from .pair_report import CutAnswers, PairReport
+from .template_rendering import resolve_chat_template
+from .templating import extract_prompt
+from .token_lists import TRUNCATION_MODES, TokenLists
+from .tokenization import RowTokenizer, get_tokenizer
+from .unpairing import add_kl_completions, unpair_tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+AnyDataset = Dataset | IterableDataset
+
+PAIR, UNPAIRED = ("chosen", "rejected"), ("completion",)
+
+_TOKENIZED_PAIR = Shape("tokenized preference", ("prompt_ids", "chosen_ids", "rejected_ids"))
+_TOKENIZED_WHOLE_PAIR = Shape("tokenized preference", ("chosen_ids", "rejected_ids"))
+_TOKENIZED_UNPAIRED = Shape("tokenized unpaired preference", ("prompt_ids", "completion_ids", "label"))
+_MERGED = "prompt_tokens_merged"
+
+
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """
+    How rows of preference data become training examples.
+
+    Args:
+        max_length (`int` or `None`, defaults to `1024`):
+            Longest prompt with answer, in tokens. `None` cuts nothing.
+        truncation_mode (`str`, defaults to `"keep_start"`):
+            `"keep_start"` or `"keep_end"`: what the collator keeps.
+        eos_token (`str`, *optional*):
+            Appended to plain answers. `None`: the tokenizer's own, if it has one.
+        num_proc (`int`, *optional*):
+            Processes that work on a map-style dataset.
+        kl_block_size (`int`, *optional*):
+            For unpaired data: each run of so many rows exchanges its answers, for KTO's estimate of the KL
+            divergence. `None`: no such answers.
+
+    Raises:
+        `ValueError`: an unknown mode, a `max_length` below 1, or a block of less than 2 rows.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    eos_token: str | None = None
+    num_proc: int | None = None
+    kl_block_size: int | None = None
+
+    @classmethod
+    def of(cls, config: Any, **overrides: Any) -> PreferenceOptions:
+        """The options among a training config's fields; `overrides` win."""
+        return read_options(cls, config, **overrides)
+
+    def __post_init__(self):
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode={self.truncation_mode!r} is unknown; use one of "
+                f"{', '.join(map(repr, TRUNCATION_MODES))}."
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} leaves no token; give at least 1, or None to cut nothing.")
+        if self.kl_block_size is not None and self.kl_block_size < 2:
+            raise ValueError(
+                f"kl_block_size={self.kl_block_size}: within fewer than 2 rows no answer can be given to another "
+                "prompt, so the KL divergence cannot be estimated. Use a batch size of at least 2 per device."
+            )
+
+
+def prepare_preference_dataset(
+    dataset: AnyDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    options: PreferenceOptions,
+    *,
+    name: str = "train",
+) -> tuple[AnyDataset, PairReport]:
+    """
+    Make pairs ready for `DataCollatorForPreference`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows of `chosen` and `rejected`, and `prompt` or a common beginning; or of `prompt_ids`, `chosen_ids` and
+            `rejected_ids`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor for text-only rows.
+        options ([`PreferenceOptions`]):
+            How rows become examples.
+        name (`str`, defaults to `"train"`):
+            Name of the dataset in messages and in the report.
+
+    Returns:
+        `tuple`: the dataset with `prompt_ids`, `chosen_ids` and `rejected_ids`, uncut, and its
+        [`~trl.data.pair_report.PairReport`]. Rows with an empty answer, without a difference between the answers, and
+        with a prompt that fills `max_length` are left out.
+
+    Raises:
+        `TypeError`: not a dataset.
+        `DatasetFormatError`: columns are missing, or a row is not as it must be.
+        `ValueError`: the dataset is empty, or the settings do not fit.
+    """
+    dataset = check_dataset(dataset, name)
+    first = check_not_empty(dataset, name)
+    check_columns(
+        first,
+        [PREFERENCE, IMPLICIT_PREFERENCE, _TOKENIZED_PAIR],
+        "Preference training",
+        f"{name} dataset",
+        _n(dataset),
+    )
+    task = _Task(name, PAIR, options, tokenizer=get_tokenizer(processing_class))
+    return _prepare(dataset, first, processing_class, task)
+
+
+def prepare_reward_dataset(
+    dataset: AnyDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    options: PreferenceOptions,
+    *,
+    name: str = "train",
+) -> tuple[AnyDataset, PairReport]:
+    """
+    Make pairs ready for a reward model: each answer with its prompt as one sequence.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows of `chosen` and `rejected`, with `prompt` or without, or of `chosen_ids` and `rejected_ids`;
+            optionally `margin`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer.
+        options ([`PreferenceOptions`]):
+            How rows become examples.
+        name (`str`, defaults to `"train"`):
+            Name of the dataset in messages and in the report.
+
+    Returns:
+        `tuple`: the dataset with `chosen_ids` and `rejected_ids`, and its [`~trl.data.pair_report.PairReport`]. Rows
+        of which a side has more than `max_length` tokens are left out, and those that [`prepare_preference_dataset`]
+        leaves out.
+
+    Raises:
+        As [`prepare_preference_dataset`]; also for a `margin` that is not a finite number.
+    """
+    dataset = _rename_legacy_columns(check_dataset(dataset, name), name)
+    first = check_not_empty(dataset, name)
+    check_columns(
+        first, [IMPLICIT_PREFERENCE, _TOKENIZED_WHOLE_PAIR], "Reward modeling", f"{name} dataset", _n(dataset)
+    )
+    task = _Task(name, PAIR, options, tokenizer=get_tokenizer(processing_class), whole=True)
+    return _prepare(dataset, first, processing_class, task)
+
+
+def prepare_unpaired_dataset(
+    dataset: AnyDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    options: PreferenceOptions,
+    *,
+    name: str = "train",
+) -> tuple[AnyDataset, PairReport]:
+    """
+    Make labelled answers ready for `DataCollatorForUnpairedPreference`.
+
+    Pairs are taken apart: a chosen answer, then the rejected one of a distant row, and so on, so that a few
+    consecutive rows have both labels and different prompts. A stream is taken apart batch by batch.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows of `prompt`, `completion` and `label`, or pairs as for [`prepare_preference_dataset`]; or of
+            `prompt_ids`, `completion_ids` and `label`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor for text-only rows.
+        options ([`PreferenceOptions`]):
+            How rows become examples.
+        name (`str`, defaults to `"train"`):
+            Name of the dataset in messages and in the report.
+
+    Returns:
+        `tuple`: the dataset with `prompt_ids`, `completion_ids`, `label` and, with a `kl_block_size`,
+        `KL_completion_ids`; and its [`~trl.data.pair_report.PairReport`], which counts pairs as pairs.
+
+    Raises:
+        As [`prepare_preference_dataset`]; also for a `label` that is neither true nor false.
+    """
+    dataset = check_dataset(dataset, name)
+    first = check_not_empty(dataset, name)
+    shape = check_columns(
+        first,
+        [_TOKENIZED_UNPAIRED, _TOKENIZED_PAIR, UNPAIRED_PREFERENCE, PREFERENCE, IMPLICIT_PREFERENCE],
+        "Unpaired preference training",
+        f"{name} dataset",
+        _n(dataset),
+    )
+    paired = shape not in (_TOKENIZED_UNPAIRED, UNPAIRED_PREFERENCE)
+    task = _Task(name, PAIR if paired else UNPAIRED, options, tokenizer=get_tokenizer(processing_class))
+    dataset, report = _prepare(dataset, first, processing_class, task)
+    if isinstance(dataset, Dataset) and not len(dataset):
+        return dataset, report
+    if paired:
+        dataset = unpair_tokenized(dataset, "chosen" in first, options.num_proc)
+        if not report.streaming:
+            report.desirable = report.undesirable = report.rows_kept
+    if options.kl_block_size is not None and "KL_completion_ids" not in first:
+        dataset = add_kl_completions(dataset, options.kl_block_size)
+        _note_on_last_block(dataset, options.kl_block_size, report)
+    return dataset, report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the three have in common
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is prepared: the columns of answers, and whether each holds its prompt (`whole`)."""
+
+    name: str
+    answers: tuple[str, ...]
+    options: PreferenceOptions
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    whole: bool = False
+
+    @property
+    def token_columns(self) -> list[str]:
+        columns = [f"{answer}_ids" for answer in self.answers]
+        return columns if self.whole else ["prompt_ids", *columns]
+
+    @property
+    def eos_token(self) -> str | None:
+        return resolve_eos_token(self.tokenizer, self.options.eos_token)
+
+    def cut(self, columns: Mapping[str, Any], indices: Sequence[int]) -> CutAnswers:
+        """The token columns of some rows, checked, as the collator will cut them."""
+        lists = {
+            column: TokenLists.from_arrow(check_token_lists(columns.get(column), column, indices, self.name))
+            for column in self.token_columns
+        }
+        answers = {answer: lists[f"{answer}_ids"] for answer in self.answers}
+        return CutAnswers(lists.get("prompt_ids"), answers, self.options.max_length, self.options.truncation_mode)
+
+
+def _prepare(
+    dataset: AnyDataset,
+    first: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    task: _Task,
+) -> tuple[AnyDataset, PairReport]:
+    report = PairReport(name=task.name, max_length=task.options.max_length)
+    tokenized = set(task.token_columns) <= set(first)
+    answers = None if tokenized else _tokenizer_for(first, processing_class, task)
+    if isinstance(dataset, IterableDataset):
+        report.streaming = True
+        return _prepare_stream(dataset, answers, task, report), report
+    dataset = _check_numbers(dataset, task)
+    if answers is not None:
+        _check_kinds(dataset, task)
+        dataset = _tokenize(dataset, answers, task, report)
+    return _count_and_drop(dataset, task, report), report
+
+
+def _n(dataset: AnyDataset) -> int | None:
+    return len(dataset) if isinstance(dataset, Dataset) else None
+
+
+def _rename_legacy_columns(dataset: AnyDataset, name: str) -> AnyDataset:
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    legacy = {
+        f"{side}_input_ids": f"{side}_ids"
+        for side in ("chosen", "rejected")
+        if f"{side}_input_ids" in columns and f"{side}_ids" not in columns
+    }
+    if legacy:
+        warnings.warn(
+            f"The {name} dataset has {' and '.join(f'`{column}`' for column in legacy)}; the names are "
+            f"{' and '.join(f'`{column}`' for column in legacy.values())} now, and the old ones will be refused in a "
+            f"later version. Rename them: dataset.rename_columns({legacy}).",
+            FutureWarning,
+            stacklevel=3,
+        )
+        dataset = dataset.rename_columns(legacy)
+    return dataset
+
+
+def _tokenizer_for(
+    first: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, task: _Task
+) -> AnswerTokenizer:
+    conversational = isinstance(first[task.answers[0]], (list, tuple, Mapping))
+    template = resolve_chat_template(processing_class) if conversational else ""
+    has_prompt = "prompt" in first
+    columns = ("prompt", *task.answers) if has_prompt else task.answers
+    return AnswerTokenizer(
+        RowTokenizer(processing_class, eos_token=task.eos_token),
+        PairChecker(task.name, columns, conversational, template),
+        task.answers,
+        has_prompt,
+        task.whole,
+    )
+
+
+def _check_numbers(dataset: Dataset, task: _Task) -> Dataset:
+    """Labels and margins, which say nothing where they are no numbers; labels become booleans."""
+    if task.answers == UNPAIRED:
+        for first_row, table in iter_tables(dataset, ["label"]):
+            check_labels(table["label"].to_pylist(), range(first_row, first_row + len(table)), task.name)
+        if dataset.features["label"] != Value("bool"):
+            dataset = dataset.cast_column("label", Value("bool"))
+    if task.whole and "margin" in dataset.column_names:
+        for first_row, table in iter_tables(dataset, ["margin"]):
+            check_margins(table["margin"].to_pylist(), range(first_row, first_row + len(table)), task.name)
+    return dataset
+
+
+def _check_kinds(dataset: Dataset, task: _Task) -> None:
+    """Missing and mixed values of whole columns, found in Arrow before anything is tokenized."""
+    columns = [column for column in ("prompt", *task.answers) if column in dataset.column_names]
+    shape = Shape("preference", tuple(columns))
+    for first_row, table in iter_tables(dataset, columns):
+        check_rows(table, shape, "Preference training", f"the {task.name} dataset", first_row)
+
+
+@dataclass(frozen=True)
+class AnswerTokenizer:
+    """
+    Tokenizes batches of prompts and their answers; what is mapped over a dataset of preferences.
+
+    Args:
+        row_tokenizer ([`~trl.data.tokenization.RowTokenizer`]):
+            Knows tokenizer and end-of-sequence token.
+        checker ([`~trl.data.pair_checks.PairChecker`]):
+            Looks at the rows first.
+        answers (`tuple[str, ...]`):
+            Columns of answers.
+        has_prompt (`bool`):
+            Whether there is a column `prompt`; otherwise it is what both answers begin with.
+        whole (`bool`):
+            Tokenize prompt and answer as one.
+    """
+
+    row_tokenizer: RowTokenizer
+    checker: PairChecker
+    answers: tuple[str, ...]
+    has_prompt: bool
+    whole: bool = False
+
+    @property
+    def finds_prompt(self) -> bool:
+        """Whether the columns `prompt`, `chosen` and `rejected` are rewritten."""
+        return not self.has_prompt and not self.whole
+
+    def __call__(self, rows: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        """
+        Args:
+            rows (`Mapping[str, list]`):
+                Columns of a batch.
+            indices (`Sequence[int]`):
+                Numbers of the rows in their dataset, for errors.
+
+        Returns:
+            `dict[str, list]`: the token columns, empty lists where an answer is empty; `prompt_tokens_merged` where
+            prompts are kept apart; and `prompt`, `chosen` and `rejected` where the prompt had to be found.
+
+        Raises:
+            `DatasetFormatError`: a row is not as it must be, or the chat template cannot render it.
+        """
+        self.checker.check(rows, indices)
+        split = self._split_prompts(rows)
+        usable = [
+            number
+            for number, answers in enumerate(zip(*(split[answer] for answer in self.answers), strict=True))
+            if not any(map(is_empty_answer, answers))
+        ]
+        for number in usable:
+            prompt = split["prompt"][number] if "prompt" in split and not self.whole else None
+            answers = {answer: split[answer][number] for answer in self.answers}
+            self.checker.check_answers(indices[number], prompt, answers)
+        # A reward model reads whole sequences: what was split off to look at it is left where it was.
+        source = rows if self.whole else {**rows, **split}
+        chosen_rows = {column: [values[number] for number in usable] for column, values in source.items()}
+        encoded = self._encode(chosen_rows, [indices[number] for number in usable])
+        output = {
+            column: _scatter(values, usable, len(indices), 0 if column == _MERGED else [])
+            for column, values in encoded.items()
+        }
+        return {**output, **split} if self.finds_prompt else output
+
+    def _split_prompts(self, rows: Mapping[str, list]) -> dict[str, list]:
+        if self.has_prompt or len(self.answers) == 1:
+            return {column: rows[column] for column in ("prompt", *self.answers)}
+        pairs = zip(*(rows[answer] for answer in self.answers), strict=True)
+        split = [extract_prompt({"chosen": chosen, "rejected": rejected}) for chosen, rejected in pairs]
+        return {column: [example[column] for example in split] for column in ("prompt", *self.answers)}
+
+    def _encode(self, rows: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        conversational = self.checker.conversational
+        try:
+            if self.whole:
+                return {
+                    f"{answer}_ids": self.row_tokenizer.encode_whole(rows, indices, answer, conversational)[
+                        "input_ids"
+                    ]
+                    for answer in self.answers
+                }
+            boundaries, merged, wholes = self.row_tokenizer.continue_prompts(
+                rows, indices, self.answers, conversational
+            )
+        except ValueError:
+            raise  # says itself what is wrong, and in which row
+        except Exception as error:
+            raise DatasetFormatError(
+                f"The {self.checker.name} dataset: the chat template cannot render a conversation: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        starts = list(zip(boundaries, *(whole["input_ids"] for whole in wholes), strict=True))
+        columns = {"prompt_ids": [ids[:start] for start, ids, *_ in starts], _MERGED: merged}
+        for number, answer in enumerate(self.answers, start=1):
+            columns[f"{answer}_ids"] = [row[number][row[0] :] for row in starts]
+        return columns
+
+
+def _scatter(values: list, places: list[int], n_rows: int, nothing: Any) -> list:
+    """The values at their places among `n_rows`, and `nothing` elsewhere."""
+    if len(places) == n_rows:
+        return values
+    spread = [nothing] * n_rows
+    for place, value in zip(places, values, strict=True):
+        spread[place] = value
+    return spread
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Map-style datasets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tokenize(dataset: Dataset, answers: AnswerTokenizer, task: _Task, report: PairReport) -> Dataset:
+    content = fingerprint_processing_class(answers.row_tokenizer.processing_class)
+    settings = [task.eos_token, list(task.answers), answers.has_prompt, task.whole]
+    features = {**dataset.features, **{column: List(Value("int32")) for column in task.token_columns}}
+    if not task.whole:
+        features[_MERGED] = Value("int32")
+    if answers.finds_prompt:
+        features["prompt"] = dataset.features["chosen"]
+    dataset = dataset.map(
+        answers,
+        batched=True,
+        with_indices=True,
+        features=Features(features),
+        new_fingerprint=fingerprint_step(dataset, "tokenize preferences", content, settings),
+        **map_description(dataset, "Tokenizing", task.options.num_proc),
+    )
+    if not task.whole:
+        tables = iter_tables(dataset, [_MERGED])
+        merged = np.concatenate([table[_MERGED].to_numpy() for _, table in tables])
+        count_merged_prompts(np.flatnonzero(merged), report)
+        dataset = dataset.remove_columns(_MERGED)
+    return dataset
+
+
+def _count_and_drop(dataset: Dataset, task: _Task, report: PairReport) -> Dataset:
+    """Count what each row is worth, and leave out those that are worth nothing."""
+    stop_id = task.tokenizer.convert_tokens_to_ids(task.eos_token) if task.eos_token else None
+    counts: list[dict[str, np.ndarray]] = []
+    lost: list[dict[str, np.ndarray]] = []
+    for first_row, table in iter_tables(dataset, task.token_columns):
+        columns = {column: table[column] for column in task.token_columns}
+        cut = task.cut(columns, range(first_row, first_row + len(table)))
+        lost.append(cut.lost())
+        counts.append(_measure(cut, stop_id))
+    masks = {reason: np.concatenate([batch[reason] for batch in lost]) for reason in lost[0]}
+    measured = {key: np.concatenate([batch[key] for batch in counts]) for key in counts[0]}
+    kept = ~np.any(list(masks.values()), axis=0)
+    report.rows_in, report.rows_kept = len(dataset), int(kept.sum())
+    for reason, mask in masks.items():
+        report.drop(reason, np.flatnonzero(mask))
+    if not kept.all():
+        rows = np.flatnonzero(kept)
+        dataset = dataset.select(rows, new_fingerprint=fingerprint_step(dataset, "drop", _digest(kept)))
+    if kept.any():
+        _summarize({key: values[kept] for key, values in measured.items()}, dataset, task, report)
+    return dataset
+
+
+def _digest(kept: np.ndarray) -> str:
+    """Which rows are kept, in a short text."""
+    return np.packbits(kept).tobytes().hex()
+
+
+def _measure(cut: CutAnswers, stop_id: int | None) -> dict[str, np.ndarray]:
+    """Numbers of each row, by what they count."""
+    cut_lengths = cut.cut_lengths()
+    measured = {answer: lists.lengths for answer, lists in cut.answers.items()}
+    measured |= {f"cut {answer}": lengths for answer, lengths in zip(cut.answers, cut_lengths, strict=True)}
+    if cut.prompts is not None:
+        measured["prompt"] = cut.prompts.lengths
+        room = [np.inf if cut.max_length is None else cut.max_length - lengths for lengths in cut_lengths]
+        measured["prompt tokens"] = sum(np.minimum(cut.prompts.lengths, tokens) for tokens in room)
+        preferred = (answers[0] for answers in cut.cut_answers(cut_lengths))
+        n_rows = len(cut.prompts.lengths)
+        measured["stops"] = np.fromiter((stop_id is not None and stop_id in ids for ids in preferred), bool, n_rows)
+    else:
+        chosen, rejected = (lists.to_arrays() for lists in cut.answers.values())
+        shared = (_shared_tokens(*pair) for pair in zip(chosen, rejected, strict=True))
+        measured["prompt tokens"] = 2 * np.fromiter(shared, np.int64, len(chosen))
+    return measured
+
+
+def _shared_tokens(ids: np.ndarray, other_ids: np.ndarray) -> int:
+    shorter = min(len(ids), len(other_ids))
+    different = np.flatnonzero(ids[:shorter] != other_ids[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+def _summarize(measured: Mapping[str, np.ndarray], dataset: Dataset, task: _Task, report: PairReport) -> None:
+    """What the rows that are kept have in common, into the report."""
+    for column in ("prompt", *task.answers):
+        if column in measured:
+            report.lengths[column] = (float(np.median(measured[column])), int(measured[column].max()))
+    cut = sum(measured[f"cut {answer}"].sum() for answer in task.answers)
+    truncated = np.any([measured[answer] > measured[f"cut {answer}"] for answer in task.answers], axis=0)
+    report.rows_truncated = int(truncated.sum())
+    prompts = int(measured["prompt tokens"].sum())
+    total = int(cut) if task.whole else int(cut) + prompts
+    report.prompt_share = prompts / total if total else None
+    if len(task.answers) == 2:
+        report.chosen_longer_share = float((measured["chosen"] > measured["rejected"]).mean())
+        report.note_length_bias()
+    labels = None
+    if task.answers == UNPAIRED:
+        labels = np.concatenate([table["label"].to_numpy() for _, table in iter_tables(dataset, ["label"])])
+        report.desirable, report.undesirable = int(labels.sum()), int((~labels).sum())
+        report.note_classes()
+    if not task.whole:
+        _note_on_prompts_and_stops(measured, truncated, labels, dataset, task, report)
+
+
+def _note_on_prompts_and_stops(
+    measured: Mapping[str, np.ndarray],
+    truncated: np.ndarray,
+    labels: np.ndarray | None,
+    dataset: Dataset,
+    task: _Task,
+    report: PairReport,
+) -> None:
+    empty = int((measured["prompt"] == 0).sum())
+    if empty:
+        report.notes.append(
+            f"{empty:,} rows have no prompt token, so the first token of their answers has nothing to be predicted "
+            "from and does not count."
+        )
+    preferred = np.ones(len(truncated), bool) if labels is None else labels
+    if not preferred.any():
+        return
+    report.stop_tokens = [task.eos_token] if task.eos_token else []
+    report.stop_token_share = float(measured["stops"][preferred].mean()) if task.eos_token else None
+    whole = preferred & ~truncated
+    if whole.any() and measured["stops"][whole].mean() < 0.5:
+        rows = dataset.select(np.flatnonzero(whole)[:1000])
+        report.notes.append(note_on_stop_token(rows[f"{task.answers[0]}_ids"], task.tokenizer, task.eos_token))
+
+
+def _note_on_last_block(dataset: AnyDataset, block_size: int, report: PairReport) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) % block_size == 1:
+        report.notes.append(
+            f"The last block of {block_size} rows has one row only, so its answer stands in for that of another "
+            "prompt in the estimate of the KL divergence."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streamed datasets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_stream(
+    dataset: IterableDataset, answers: AnswerTokenizer | None, task: _Task, report: PairReport
+) -> IterableDataset:
+    steps = {"task": task, "report": report}
+    dataset = dataset.map(
+        _prepare_stream_batch, batched=True, with_indices=True, fn_kwargs={"answers": answers, **steps}
+    )
+    return dataset.filter(_keep_in_stream, batched=True, with_indices=True, fn_kwargs=steps)
+
+
+def _prepare_stream_batch(
+    rows: Mapping[str, list],
+    indices: Sequence[int],
+    answers: AnswerTokenizer | None,
+    task: _Task,
+    report: PairReport,
+) -> dict[str, list]:
+    output: dict[str, list] = {}
+    if task.answers == UNPAIRED:
+        output["label"] = check_labels(rows.get("label") or [None] * len(indices), indices, task.name)
+    if task.whole and "margin" in rows:
+        check_margins(rows["margin"], indices, task.name)
+    if answers is not None:
+        output |= answers(rows, indices)
+        if _MERGED in output:
+            count_merged_prompts(np.asarray(indices)[np.flatnonzero(output.pop(_MERGED))], report)
+    return output
+
+
+def _keep_in_stream(rows: Mapping[str, list], indices: Sequence[int], task: _Task, report: PairReport) -> list[bool]:
+    lost = task.cut(rows, indices).lost()
+    report.count_batch(indices, lost)
+    return (~np.any(list(lost.values()), axis=0)).tolist()
