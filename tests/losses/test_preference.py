@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.conftest import load_reference
+from trl.losses import preference, reward, unpaired
 from trl.losses.preference import (
     F_DIVERGENCE_TYPES,
     F_DIVERGENCES,
@@ -30,6 +33,7 @@ from trl.losses.preference_options import LOSSES_OF_ANY_DIVERGENCE, LOSSES_OF_SO
 REFERENCE = {name: case for name, case in load_reference("preference").items() if case["dtype"] != "text"}
 VALIDATION = {name: case for name, case in load_reference("preference").items() if case["dtype"] == "text"}
 del VALIDATION["dpo_validation_sync_precompute"]  # of the trainer, not of the losses
+PAGE = (Path(__file__).parents[2] / "docs" / "preference_losses.md").read_text(encoding="utf-8")
 SMOOTHED = {"exo_pair": 0.1, "robust": 0.1}  # label smoothing of the losses that want one
 COMBINATIONS = [
     (name, divergence)
@@ -268,6 +272,30 @@ def test_exponents_are_cut(dtype, bound):
 def test_js_divergence_is_bounded_above():
     scores = F_DIVERGENCES["js_divergence"](torch.tensor([-1e4, 0.0, 1e4]), 0.5)
     torch.testing.assert_close(scores, torch.tensor([math.log(2) - 1e4, 0.0, math.log(2)]))
+
+
+@pytest.mark.parametrize("name", [name for name in PREFERENCE_LOSS_TYPES if name != "sft"])
+def test_the_page_tells_the_loss_at_the_start(name):
+    inputs = random_inputs()
+    inputs = replace(inputs, reference=inputs.policy)
+    options = options_for(name, label_smoothing=0.001 if name == "exo_pair" else 0.0)
+    (term,) = preference_loss(inputs, options)
+    (row,) = [line.split(" | ") for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
+    told = re.findall(r"\d+(?:\.\d+)?", row[2].partition(" (")[0])[-1]
+    assert float(told) == pytest.approx(float(term.total) / 5, abs=6e-4)
+
+
+def test_the_page_has_every_loss_and_paper():
+    for module in (preference, unpaired, reward):
+        for paper in re.findall(
+            r"huggingface.co/papers/(\d+\.\d+)", Path(module.__file__).read_text(encoding="utf-8")
+        ):
+            assert f"huggingface.co/papers/{paper}" in PAGE, paper
+    for name in (*PREFERENCE_LOSS_TYPES, *F_DIVERGENCE_TYPES, *unpaired.UNPAIRED_LOSSES):
+        assert f"`{name}`" in PAGE, name
+    for registry in (PREFERENCE_LOSSES, F_DIVERGENCES, unpaired.UNPAIRED_LOSSES):
+        for name, function in registry.items():
+            assert name == "reverse_kl" or re.search(r"papers/\d+\.\d+", function.__doc__), name
 
 
 # ---- Batches and their sums ----

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import load_reference
-from trl.losses.unpaired import UNPAIRED_LOSSES, balanced_weights, unpaired_loss
+from trl.losses.unpaired import UNPAIRED_LOSSES, unpaired_loss
 
 REFERENCE = {name: case for name, case in load_reference("sft").items() if case["trainer"] == "KTOTrainer"}
 LABELS = torch.tensor([True, False, True, False, False])
@@ -87,14 +87,3 @@ def test_refused():
         unpaired_loss(LOGRATIOS, LABELS, loss_type="apo_zero")
     with pytest.raises(ValueError, match="needs `kl`"):
         unpaired_loss(LOGRATIOS, LABELS, loss_type="kto")
-
-
-def test_balanced_weights():
-    desirable, undesirable = balanced_weights(100, 300)
-    assert desirable == (3.0, 3.99)
-    assert undesirable == (0.25, 0.33)
-    for weight in desirable:  # the weighted counts are then balanced
-        assert 1 <= 100 * weight / 300 <= 1.34
-    desirable, undesirable = balanced_weights(100, 300, desirable_weight=2.0, undesirable_weight=0.5)
-    assert desirable == (1.5, round(1.5 * 1.33, 2))
-    assert undesirable == (0.5, 0.67)

@@ -73,32 +73,3 @@ def unpaired_loss(
     labels_B = labels_B.bool()
     losses_B = UNPAIRED_LOSSES[loss_type](logratios_B, labels_B, kl, beta)
     return torch.where(labels_B, desirable_weight, undesirable_weight).to(losses_B.dtype) * losses_B
-
-
-# How far the weighted counts of the two classes may be apart: up to this factor in favour of the desirable.
-_BALANCE = 1.33
-
-
-def balanced_weights(
-    n_desirable: int, n_undesirable: int, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """
-    Weights that even out a dataset's classes, as the KTO paper advises (https://huggingface.co/papers/2402.01306):
-    desirable_weight · n_desirable between 1 and 4/3 times undesirable_weight · n_undesirable.
-
-    Args:
-        n_desirable: number of desirable rows, at least 1.
-        n_undesirable: number of undesirable rows, at least 1.
-        desirable_weight: the present weight of desirable rows.
-        undesirable_weight: the present weight of undesirable rows.
-
-    Returns:
-        The interval for `desirable_weight` if `undesirable_weight` stays, and the interval for `undesirable_weight` if
-        `desirable_weight` stays, each as (lowest, highest), rounded to two digits.
-    """
-    desirable = n_undesirable * undesirable_weight / n_desirable
-    undesirable = n_desirable * desirable_weight / n_undesirable
-    return (
-        (round(desirable, 2), round(desirable * _BALANCE, 2)),
-        (round(undesirable / _BALANCE, 2), round(undesirable, 2)),
-    )
