@@ -91,6 +91,41 @@ def test_adapter(tokenizer, tmp_path):
     assert callback.bema_params[name].abs().sum() > 0
 
 
+class Thaw(TrainerCallback):
+    """Freezes the final norm and trains the head instead, after one step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.requires_grad_(False)
+        model.model.norm.requires_grad_(True)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            model.requires_grad_(False)
+            model.lm_head.requires_grad_(True)
+
+
+@pytest.mark.parametrize("update_after", [0, 1, 2])
+def test_parameters_frozen_and_unfrozen_while_training(tokenizer, tmp_path, update_after):
+    """Averaged is what is trained when the average starts; anything else is saved as it is."""
+    callback = BEMACallback(update_freq=1, update_after=update_after)
+    trainer = make_trainer(tokenizer, tmp_path, [Thaw(), callback], max_grad_norm=0)
+    trainer.train()
+    name = "model.norm.weight" if update_after == 0 else "lm_head.weight"
+    assert set(callback.bema_params) == {name}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bema").state_dict()
+    current = trainer.model.state_dict()
+    assert torch.equal(saved[name], callback.bema_params[name])
+    assert [key for key in saved if not torch.equal(saved[key], current[key])] == [name]
+
+
+def test_a_run_too_short_for_an_update_is_said(tokenizer, tmp_path, caplog):
+    make_trainer(tokenizer, tmp_path, [BEMACallback(update_freq=5)], max_steps=4).train()
+    assert "before the first update at step 5" in caplog.text
+    caplog.clear()
+    make_trainer(tokenizer, tmp_path, [BEMACallback(update_freq=4)], max_steps=4).train()
+    assert "before the first update" not in caplog.text
+
+
 def test_resuming_continues_the_average(tokenizer, tmp_path):
     whole = BEMACallback(update_freq=1)
     make_trainer(tokenizer, tmp_path / "a", [whole], save_strategy="steps", save_steps=2).train()

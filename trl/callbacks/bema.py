@@ -148,6 +148,10 @@ class BEMACallback(TrainerCallback):
         if step == self.update_after:
             self.theta0_params = self._snapshot(model)
             self.ema_params = {name: weights.clone() for name, weights in self.theta0_params.items()}
+            # Some may have been frozen or unfrozen since the start.
+            self.bema_params = {
+                name: self.bema_params.get(name, weights.clone()) for name, weights in self.theta0_params.items()
+            }
         elif step > self.update_after and (step - self.update_after) % self.update_freq == 0:
             self._update(model, step)
             logger.info(f"Updated the BEMA weights at step {step}.")
@@ -166,6 +170,12 @@ class BEMACallback(TrainerCallback):
         model = self._unwrap(kwargs["model"]) if kwargs.get("model") is not None else self._model
         if not state.is_world_process_zero or model is None:
             return
+        first_update = self.update_after + self.update_freq
+        if state.global_step < first_update:
+            logger.warning(
+                f"The BEMA weights are those that training started from: the run ended at step {state.global_step}, before "
+                f"the first update at step {first_update}. Choose a smaller `update_freq` or `update_after`."
+            )
         folder = Path(args.output_dir) / "bema"
         model.save_pretrained(folder, state_dict=self.bema_state_dict(model))
         processing_class = kwargs.get("processing_class")
@@ -190,8 +200,13 @@ class BEMACallback(TrainerCallback):
             if (folder / STATE_NAME).is_file():
                 tensors = load_file(folder / STATE_NAME, device=self.device)
                 for kind, params in self._states().items():
-                    for name in params:
-                        params[name] = tensors[f"{kind}.{name}"]
+                    params.clear()  # what is trained may have changed during the run
+                    prefix = f"{kind}."
+                    params.update(
+                        (key.removeprefix(prefix), weights)
+                        for key, weights in tensors.items()
+                        if key.startswith(prefix)
+                    )
                 return
         logger.warning(
             f"No BEMA state was found in {' or '.join(map(str, folders))}: the average starts anew from the weights at "
