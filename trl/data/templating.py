@@ -379,10 +379,11 @@ def unpair_columns(
     Map [`unpair_table`] over a dataset; the arguments are those of the two functions.
     """
     original_format = get_dataset_format(dataset)
-    replaced = {old: new for new, pair in columns.items() for old in pair}
+    replaced = {chosen: new for new, (chosen, _) in columns.items()}
+    replaced |= {rejected: "label" for _, rejected in columns.values()}
     if original_format.get("columns"):
-        kept = dict.fromkeys(replaced.get(column, column) for column in original_format["columns"])
-        original_format["columns"] = [*kept, "label"]
+        shown = (replaced.get(column, column) for column in original_format["columns"])
+        original_format["columns"] = list(dict.fromkeys(shown))
     features = dataset.features
     if features is not None and all(features[chosen] == features[rejected] for chosen, rejected in columns.values()):
         unpaired = {name: kind for name, kind in features.items() if name not in replaced}
