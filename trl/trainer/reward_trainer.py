@@ -245,6 +245,8 @@ class RewardTrainer(_BaseTrainer):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Chat template, end-of-sequence and pad token, as configured. The model finds a row's end by the pad token."""
         if args.chat_template_path is not None:
+            # A classifier generates nothing, so it may have no such config; cloning asks for it.
+            model.generation_config = getattr(model, "generation_config", None)
             model, processing_class, added = apply_chat_template_path(args.chat_template_path, model, processing_class)
             if peft_config is not None and added:
                 trained_modules = peft_config.modules_to_save
