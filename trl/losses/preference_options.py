@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from ..choices import check_choice
@@ -40,8 +41,12 @@ LOSSES_WITH_LABEL_SMOOTHING = ("robust", "exo_pair", "aot", "aot_unpaired")
 LOSSES_OF_SORTED_BATCHES = ("aot", "aot_unpaired")
 
 
-def _check_number(name: str, value: Any, allowed: str, holds: bool) -> None:
-    if not holds or not math.isfinite(value):
+def _is_share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _check_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool] = lambda value: True) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"`{name}` is {allowed}. Found {value!r}.")
 
 
@@ -105,17 +110,19 @@ class PreferenceLossOptions:
         self._check_combinations()
 
     def _normalize(self, name: str, value: Sequence) -> None:
+        if not isinstance(value, Sequence):
+            raise ValueError(f"`{name}` is a list, one entry for each loss. Found {value!r}.")
         object.__setattr__(self, name, tuple(value))  # the dataclass is frozen
 
     def _chosen(self, names: Sequence[str]) -> list[str]:
         return [name for name in self.loss_type if name in names]
 
     def _check_numbers(self) -> None:
-        _check_number("beta", self.beta, "a number above 0", self.beta > 0)
-        _check_number("discopop_tau", self.discopop_tau, "a number above 0", self.discopop_tau > 0)
-        _check_number("f_alpha_divergence_coef", self.f_alpha_divergence_coef, "a finite number", True)
+        _check_number("beta", self.beta, "a number above 0", lambda value: value > 0)
+        _check_number("discopop_tau", self.discopop_tau, "a number above 0", lambda value: value > 0)
+        _check_number("f_alpha_divergence_coef", self.f_alpha_divergence_coef, "a finite number")
         if self.ld_alpha is not None:
-            _check_number("ld_alpha", self.ld_alpha, "a number from 0 to 1, or None", 0 <= self.ld_alpha <= 1)
+            _check_number("ld_alpha", self.ld_alpha, "a number from 0 to 1, or None", _is_share)
         if self.loss_weights is None:
             return
         if len(self.loss_weights) != len(self.loss_type):
@@ -124,11 +131,11 @@ class PreferenceLossOptions:
                 f"{len(self.loss_type)} loss types {list(self.loss_type)}; give one weight for each."
             )
         for weight in self.loss_weights:
-            _check_number("loss_weights", weight, "a list of finite numbers", True)
+            _check_number("loss_weights", weight, "a list of finite numbers")
 
     def _check_label_smoothing(self) -> None:
         smoothing = self.label_smoothing
-        _check_number("label_smoothing", smoothing, "a probability, from 0 to 1", 0 <= smoothing <= 1)
+        _check_number("label_smoothing", smoothing, "a probability, from 0 to 1", _is_share)
         if "exo_pair" in self.loss_type and not 0 < smoothing < 1:
             raise ValueError(
                 f"`loss_type='exo_pair'` takes the logarithm of `label_smoothing`, which has to be above 0 and below 1. "
