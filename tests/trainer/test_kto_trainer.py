@@ -63,7 +63,7 @@ def test_the_drift_is_that_of_the_whole_step(tmp_path):
     estimates = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
         trainer = make_kto_trainer(
-            tmp_path, rows, model=build_model(seed=1), ref_model=build_model(seed=4), max_steps=1,
+            tmp_path, rows, model=build_model(seed=4), ref_model=build_model(seed=1), max_steps=1,
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         paired = [row["KL_completion_ids"] for row in trainer.train_dataset]
@@ -112,8 +112,8 @@ def test_every_reference_starts_from_the_policy(tmp_path, settings):
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert log[-1]["loss"] < 0.5 - 1e-3
-    assert log[0].get("kl", 0.0) == pytest.approx(0, abs=1e-5)
-    assert ("kl" in log[0]) == trainer.calculate_KL
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert (log[-1]["kl"] > 0) <= trainer.calculate_KL
 
 
 def test_precomputed_is_the_same_training(tmp_path):

@@ -28,6 +28,7 @@ from ..extras.profiling import profiling_decorator
 from ..models.activation_offloading import get_act_offloading_ctx_manager
 from ..models.selective_activation_checkpointing import enable_selective_activation_checkpointing
 from ..ops.layouts import is_packed, prepare_packed
+from ..reports.doctor import install_doctor
 from ..reports.model_card import generate_model_card
 from ..reports.plots import plot_training_curves
 from ..reports.tracking import get_comet_experiment_url, get_trackio_space_url, get_wandb_run_url
@@ -80,6 +81,7 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
             self._use_local_batches(config)
         self._preflight_reports: list[PreparationReport] = getattr(self, "_preflight_reports", [])
         super().__init__(*args, **kwargs)
+        self.doctor = install_doctor(self.callback_handler)
         self.reducer = Reducer(self.accelerator, replicas=self.get_tp_size())
         offload = getattr(self.args, "activation_offloading", False)
         self.maybe_activation_offload_context = (

@@ -273,8 +273,7 @@ class KTOTrainer(ReferencePolicyTrainer):
             add(mode, f"logits/{name}", scores.mean_logits[of_class_B].sum(), tokens_B[of_class_B].sum())
             # The difference of the two means; left out where there is but one.
             add(mode, "rewards/margins", rewards if name == "chosen" else -rewards, count, part=name)
-        if kl is not None:
-            add(mode, "kl", kl)
+        add(mode, "kl", 0.0 if kl is None else kl)
         if self.aux_loss_enabled:
             add(mode, "aux_loss", scores.aux_loss)
         if mode == "train":

@@ -206,7 +206,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         install_scoring(model)
         self.router_aux_loss_coef, self.aux_loss_enabled = resolve_router_aux_loss(model, args.router_aux_loss_coef)
         self.precompute_ref_logps = args.precompute_ref_log_probs
-        self._ref_model_given = ref_model is not None
+        self._ref_model_given, self._columns_given = ref_model is not None, set(example)
         self.reference = self._make_reference(args, model, ref_model, came_with_adapter, quantization_config)
 
         self.args, self.processing_class = args, processing_class  # the preparation below reads them
@@ -233,6 +233,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
             self._precomputed_before_training = True
         else:
             self.reference.prepare(self.accelerator)
+        self.doctor.starts_at_reference = self._starts_at_reference(peft_config)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
@@ -310,6 +311,13 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         if self.precompute_ref_logps and ref_model is None and not is_peft_model(model):
             return ReferencePolicy()  # the policy before its first step
         return ReferencePolicy.of(model, ref_model, came_with_adapter=came_with_adapter, load=self.load_reference)
+
+    def _starts_at_reference(self, peft_config: PeftConfig | None) -> bool:
+        """Whether the policy, before its first step, is the reference: its log-ratios are all 0 then."""
+        given = self._ref_model_given or set(self.reference_columns) <= self._columns_given
+        # The ways of initialising LoRA in which it changes nothing yet.
+        changes_nothing = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
+        return not given and self.args.disable_dropout and (peft_config is None or changes_nothing)
 
     @property
     def ref_model(self) -> nn.Module | None:
