@@ -1,29 +1,12 @@
-"""The SFT script: in which order it does what, and its options on a tiny model."""
+"""The SFT script on a tiny model."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
 
-import trl
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts import sft
-from trl.scripts.training import checkpoint_to_resume
 
 ROWS = [{"prompt": f"what is {i} plus 1? ", "completion": f"the answer is {i + 1}."} for i in range(12)]
-
-
-@pytest.fixture
-def data_folder(tmp_path):
-    """A folder as people have it: one file per split."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split, rows in (("train", ROWS), ("test", ROWS[:4])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
 
 
 def arguments(*args: str):
@@ -31,159 +14,14 @@ def arguments(*args: str):
 
 
 @pytest.fixture
-def flags(tmp_path, tiny_model_path, data_folder):
-    return [
-        *["--model_name_or_path", tiny_model_path, "--dataset_name", data_folder],
-        *["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--per_device_train_batch_size", "2"],
-        *["--max_length", "64", "--logging_steps", "1", "--save_strategy", "no"],
-    ]
-
-
-# ---- The parser ----
-
-
-def test_dataclasses_in_order():
-    assert [type(value) for value in arguments()] == [ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig]
-
-
-def test_parser_as_a_subcommand(tmp_path):
-    parent = TrlParser(prog="tool")
-    parser = sft.make_parser(parent.add_subparsers(dest="command"))
-    assert isinstance(parser, TrlParser)
-    (namespace,) = parent.parse_args_and_config(["sft", "--lora_r", "4"])
-    assert (namespace.command, namespace.lora_r) == ("sft", 4)
-
-
-# ---- What main does ----
-
-
-class Recorder:
-    """Stands in for the trainer and writes down what is asked of it."""
-
-    def __init__(self, **kwargs):
-        type(self).calls = [("init", kwargs)]
-        self.accelerator = self
-        self.hub_model_id = "me/model"
-
-    def __getattr__(self, name):
-        def call(*args, **kwargs):
-            self.calls.append((name, args[0] if args else kwargs))
-
-        return call
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    monkeypatch.setattr(trl, "SFTTrainer", Recorder)
-    return Recorder
-
-
-def test_order(recorder, flags, data_folder, tmp_path):
-    sft.main(*arguments(*flags, "--resume_from_checkpoint", "ckpt"))
-    names = [name for name, _ in recorder.calls]
-    assert names == ["init", "train", "print", "save_model", "print", "end"]
-    calls = dict(recorder.calls)
-    assert calls["train"] == {"resume_from_checkpoint": "ckpt"}
-    assert calls["save_model"] == str(tmp_path / "out")
-    assert len(calls["init"]["train_dataset"]) == len(ROWS)
-    assert calls["init"]["eval_dataset"] is None
-    assert (calls["init"]["peft_config"], calls["init"]["quantization_config"]) == (None, None)
-
-
-def test_push(recorder, flags, data_folder):
-    args = arguments(*flags)
-    args[1].push_to_hub = True
-    sft.main(*args)
-    calls = recorder.calls
-    assert ("push_to_hub", {"dataset_name": data_folder}) in calls
-    names = [name for name, _ in calls]
-    assert names.index("save_model") < names.index("push_to_hub") < names.index("end")
-    assert any("me/model" in str(text) for name, text in calls if name == "print")
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [(None, None), ("true", True), ("True", True), ("false", None), ("a/checkpoint-1", "a/checkpoint-1")],
-)
-def test_what_to_resume(text, value):
-    assert checkpoint_to_resume(text) == value
-
-
-def test_model_init_kwargs(recorder, flags):
-    sft.main(*arguments(*flags, "--dtype", "bfloat16", "--attn_implementation", "eager", "--model_revision", "v2"))
-    assert dict(recorder.calls)["init"]["args"].model_init_kwargs == {
-        "revision": "v2",
-        "trust_remote_code": False,
-        "attn_implementation": "eager",
-        "dtype": "bfloat16",
-    }
-    sft.main(*arguments(*flags, "--trust_remote_code", "--model_init_kwargs", '{"dtype": "auto", "use_cache": false}'))
-    assert dict(recorder.calls)["init"]["args"].model_init_kwargs == {
-        "revision": "main",
-        "trust_remote_code": True,
-        "attn_implementation": None,
-        "dtype": "auto",
-        "use_cache": False,
-    }
-
-
-def test_adapter_and_quantization(recorder, flags):
-    sft.main(*arguments(*flags, "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"))
-    config = dict(recorder.calls)["init"]["peft_config"]
-    assert (config.r, set(config.target_modules)) == (4, {"q_proj", "v_proj"})
-    sft.main(*arguments(*flags, "--load_in_4bit"))
-    assert dict(recorder.calls)["init"]["quantization_config"].load_in_4bit
-
-
-def test_evaluation_split_is_taken_only_where_asked_for(recorder, flags, data_folder):
-    sft.main(*arguments(*flags, "--eval_strategy", "steps", "--eval_steps", "1"))
-    assert len(dict(recorder.calls)["init"]["eval_dataset"]) == 4
-    sft.main(*arguments(*flags, "--eval_strategy", "steps", "--dataset_test_split", "train"))
-    assert len(dict(recorder.calls)["init"]["eval_dataset"]) == len(ROWS)
-    with pytest.raises(ValueError, match=r"no split 'validation'.*train, test"):
-        sft.main(*arguments(*flags, "--eval_strategy", "steps", "--dataset_test_split", "validation"))
-    sft.main(*arguments(*flags, "--dataset_test_split", "validation"))  # not looked at
-
-
-@pytest.mark.parametrize("form", ["file", "saved", "saved_dict", "parquet", "csv", "mixture", "streaming"])
-def test_local_data(recorder, flags, tmp_path, form):
-    rows = Dataset.from_list(ROWS)
-    place = tmp_path / {"parquet": "rows.parquet", "csv": "rows.csv"}.get(form, "rows")
-    extra = []
-    if form in ("file", "mixture", "streaming"):
-        place = tmp_path / "rows.jsonl"
-        place.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        extra = {"mixture": ["--datasets", str(place)], "streaming": ["--dataset_streaming"], "file": []}[form]
-    elif form == "saved":
-        rows.save_to_disk(place)
-    elif form == "saved_dict":
-        DatasetDict({"train": rows}).save_to_disk(place)
-    elif form == "parquet":
-        rows.to_parquet(place)
-    elif form == "csv":
-        rows.to_csv(place)
-    name = [] if form == "mixture" else ["--dataset_name", str(place)]
-    kept = [*flags[:2], *flags[4:]]  # without the folder
-    sft.main(*arguments(*kept, *name, *extra))
-    assert list(dict(recorder.calls)["init"]["train_dataset"]) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("missing", "message"), [("--model_name_or_path", "No model"), ("--dataset_name", "No dataset")]
-)
-def test_what_must_be_named(recorder, flags, missing, message):
-    position = flags.index(missing)
-    with pytest.raises(ValueError, match=f"{message}.*{missing}"):
-        sft.main(*arguments(*flags[:position], *flags[position + 2 :]))
-
-
-# ---- For real ----
+def flags(make_flags):
+    return make_flags(ROWS)
 
 
 def test_trains_saves_and_evaluates(flags, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    sft.main(*arguments(*flags, "--eval_strategy", "steps", "--eval_steps", "1", "--report_to", "none"))
+    sft.main(*arguments(*flags, "--eval_strategy", "steps", "--eval_steps", "1"))
     output = capsys.readouterr().out
     assert output.count("'eval_loss'") == 2
     assert "Training is complete." in output
@@ -194,10 +32,3 @@ def test_trains_an_adapter(flags, tmp_path):
     sft.main(*arguments(*flags, "--use_peft", "--lora_r", "2", "--packing"))
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["r"] == 2
-
-
-def test_the_example_is_the_same_script(recorder, flags, monkeypatch):
-    example = Path(__file__).parents[2] / "examples" / "scripts" / "sft.py"
-    monkeypatch.setattr(sys, "argv", [str(example), *flags])
-    runpy.run_path(str(example), run_name="__main__")
-    assert [name for name, _ in recorder.calls][:2] == ["init", "train"]
