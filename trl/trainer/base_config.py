@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import TrainingArguments
@@ -57,15 +55,6 @@ def resolve_pad_to_multiple_of(value: int | str | None) -> int | None:
     if text.isdigit():
         return int(text)
     raise ValueError(f"`pad_to_multiple_of` takes a whole number, 'auto' or 'none'. Found {value!r}.")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value outside `choices`, naming the nearest one."""
-    if value in choices:
-        return
-    near = get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"`{name}` is one of {', '.join(map(repr, choices))}. Found {value!r}.{hint}")
 
 
 def warn_deprecated(message: str) -> None:

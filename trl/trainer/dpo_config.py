@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..choices import check_choice
 from ..losses.preference_options import F_DIVERGENCE_TYPES, PREFERENCE_LOSS_TYPES, PreferenceLossOptions
-from .base_config import check_choice, warn_deprecated
+from .base_config import warn_deprecated
 from .preference_config import _ReferenceConfig
 
 TRUNCATION_MODES = ("keep_start", "keep_end")

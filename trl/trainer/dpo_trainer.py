@@ -128,17 +128,22 @@ class DPOTrainer(ReferencePolicyTrainer):
         inputs = dict(inputs)
         given = [inputs.pop(column, None) for column in self.reference_columns]
         scores = self.score(model, inputs, self._outputs, groups=_pair_groups(inputs))
-        policy = sum_pair_logps(scores.logps, scores.mask, self.ld_alpha)
-        reference = PairLogps(*(given if given[0] is not None else self.compute_ref_log_probs(model, inputs)))
-
-        lengths_B = scores.mask.sum(dim=1).chunk(2)
+        reference = given if given[0] is not None else self.compute_ref_log_probs(model, inputs)
+        # A row that fills up an evaluation batch has no completion: no loss, no metric.
+        kept_B = scores.mask.any(dim=1).view(2, -1).any(dim=0)
+        policy = _kept(sum_pair_logps(scores.logps, scores.mask, self.ld_alpha), kept_B)
+        reference = _kept(PairLogps(*reference), kept_B)
+        chosen_lengths_B, rejected_lengths_B = scores.mask.sum(dim=1).chunk(2)
+        weights_B = None
+        if self.use_weighting:
+            weights_B = wpo_weights(scores.logps, scores.log_sum_sq_probs, scores.mask)[kept_B]
         loss_inputs = PreferenceLossInputs(
             policy=policy,
             reference=reference,
-            chosen_lengths_B=lengths_B[0],
-            rejected_lengths_B=lengths_B[1],
-            chosen_nll_B=-scores.logps.chunk(2)[0].sum(dim=1),
-            weights_B=self._pair_weights(scores),
+            chosen_lengths_B=chosen_lengths_B[kept_B],
+            rejected_lengths_B=rejected_lengths_B[kept_B],
+            chosen_nll_B=-scores.logps.chunk(2)[0].sum(dim=1)[kept_B],
+            weights_B=weights_B,
         )
         counts = self.count_items(inputs)
         over_step = num_items_in_batch is not None
@@ -167,9 +172,6 @@ class DPOTrainer(ReferencePolicyTrainer):
         scores = self.score(model, inputs, groups=_pair_groups(inputs), reference=True)
         pairs = sum_pair_logps(scores.logps, scores.mask, self.ld_alpha)
         return pairs.chosen_B, pairs.rejected_B
-
-    def _pair_weights(self, scores: TokenScores) -> Tensor | None:
-        return wpo_weights(scores.logps, scores.log_sum_sq_probs, scores.mask) if self.use_weighting else None
 
     @torch.no_grad()
     def _add_metrics(
@@ -206,6 +208,10 @@ def _pair_groups(inputs: dict[str, Any]) -> Tensor:
     """Rows i and B + i have one prompt."""
     rows = len(inputs["input_ids"])
     return torch.arange(rows, device=inputs["input_ids"].device) % (rows // 2)
+
+
+def _kept(pairs: PairLogps, kept_B: Tensor) -> PairLogps:
+    return PairLogps(pairs.chosen_B[kept_B], pairs.rejected_B[kept_B])
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .base_config import check_choice
+from ..choices import check_choice
 from .preference_config import _ReferenceConfig
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base_config import _BaseConfig, check_choice, resolve_pad_to_multiple_of
+from ..choices import check_choice
+from .base_config import _BaseConfig, resolve_pad_to_multiple_of
 
 LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base_config import _BaseConfig, check_choice, resolve_pad_to_multiple_of, warn_deprecated
+from ..choices import check_choice
+from .base_config import _BaseConfig, resolve_pad_to_multiple_of, warn_deprecated
 
 LOSS_TYPES = ("nll", "dft")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
