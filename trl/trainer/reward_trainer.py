@@ -266,9 +266,7 @@ class RewardTrainer(_BaseTrainer):
 
     def prepare_dataset(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """Tokenize both answers of each pair, and leave out pairs that are too long."""
-        options = PreferenceOptions(
-            max_length=self.args.max_length, eos_token=self.args.eos_token, num_proc=self.args.dataset_num_proc
-        )
+        options = PreferenceOptions.of(self.args)
         dataset, report = prepare_reward_dataset(dataset, self.processing_class, options, name=name)
         self._preflight_reports.append(report)
         report.raise_if_unusable()
@@ -301,7 +299,7 @@ class RewardTrainer(_BaseTrainer):
             rewards_R = rewards_R.float()
         chosen_B, rejected_B = rewards_R.chunk(2)
         if self.mode == "eval" and self.accelerator.num_processes > 1:  # uncounted rows fill up batches
-            real_B = inputs["attention_mask"].chunk(2)[0].any(dim=1)
+            real_B = inputs["attention_mask"].any(dim=1).view(2, -1).all(dim=0)
             chosen_B, rejected_B = chosen_B[real_B], rejected_B[real_B]
             margins_B = None if margins_B is None else margins_B[real_B]
 
@@ -342,7 +340,8 @@ class RewardTrainer(_BaseTrainer):
     # ---- Evaluation ----
 
     def _uncounted_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "chosen_ids": [], "rejected_ids": []}
+        # One side without a token, which no pair has; the other with one, so that no batch is empty.
+        return {**row, "chosen_ids": row["chosen_ids"][:1], "rejected_ids": []}
 
     def prediction_step(
         self,
