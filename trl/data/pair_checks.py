@@ -157,7 +157,7 @@ class PairChecker:
         if role is None:
             return f"has no `role`. Each needs one of {', '.join(map(repr, ROLES[:5]))}."
         if not isinstance(role, str) or not role.strip():
-            return f"has the role {_describe(role)}, which is no name. Use one of {', '.join(map(repr, ROLES[:5]))}."
+            return f"has the role {role!r}, which is no name. Use one of {', '.join(map(repr, ROLES[:5]))}."
         meant = self._meant_role(role)
         if meant:
             return f"has the role {role!r}, which the chat template does not know. Did you mean {meant!r}?"
@@ -200,7 +200,7 @@ def _problem_of_content(message: Mapping[str, Any]) -> str | None:
         # A message may hold tool calls or thoughts and nothing else.
         return None if _has_payload(message) else "has no `content` (None). Give it a text."
     if not isinstance(content, (list, tuple)):
-        return f"has as `content` {_describe(content)}, and it must be a text (or a list of content blocks)."
+        return f"has a `content` {_describe(content)}, and it must be a text (or a list of content blocks)."
     for block in content:
         if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
             return f"has a content block that is {_describe(block)}, and must be a dictionary with a `type`."

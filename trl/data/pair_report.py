@@ -44,7 +44,8 @@ class PairReport(DatasetReport):
     - `rows_truncated` (`int`): rows of which `max_length` cuts an answer.
     - `prompt_share` (`float` or `None`): share of all tokens that belong to prompts; half of it is saved where a
       prompt is computed once for its two answers.
-    - `chosen_longer_share` (`float` or `None`): share of pairs whose chosen answer is the longer one.
+    - `chosen_longer_share`, `rejected_longer_share` (`float` or `None`): shares of pairs in which this answer is the
+      longer one.
     - `stop_tokens` (`list[str]`), `stop_token_share` (`float` or `None`): tokens that end a generation, and the share
       of chosen or desirable answers in which one of them is left after truncation.
     - `desirable`, `undesirable` (`int` or `None`): answers of each label, for unpaired data.
@@ -54,6 +55,7 @@ class PairReport(DatasetReport):
     rows_truncated: int = 0
     prompt_share: float | None = None
     chosen_longer_share: float | None = None
+    rejected_longer_share: float | None = None
     stop_tokens: list[str] = field(default_factory=list)
     stop_token_share: float | None = None
     desirable: int | None = None
@@ -81,7 +83,8 @@ class PairReport(DatasetReport):
             )
             lines.append(("prompt share", f"{self.prompt_share:.1%} of all tokens{once}"))
         if self.chosen_longer_share is not None:
-            lines.append(("chosen longer", f"in {self.chosen_longer_share:.1%} of pairs"))
+            longer = f"chosen in {self.chosen_longer_share:.1%} of pairs, rejected in {self.rejected_longer_share:.1%}"
+            lines.append(("longer answer", longer))
         if self.desirable is not None:
             total = self.desirable + self.undesirable
             lines.append(
@@ -97,15 +100,17 @@ class PairReport(DatasetReport):
 
     def note_length_bias(self) -> None:
         """Remark on answers whose length alone tells which is the better one."""
-        share, n_pairs = self.chosen_longer_share, self.rows_kept
-        if share is None or n_pairs < _BIASED_PAIRS or 1 - _BIASED_SHARE < share < _BIASED_SHARE:
+        if self.rows_kept < _BIASED_PAIRS:
             return
-        longer, learned = ("chosen", "to write more") if share >= _BIASED_SHARE else ("rejected", "to write less")
-        shown = share if longer == "chosen" else 1 - share
-        self.notes.append(
-            f"The {longer} answer is the longer one in {shown:.0%} of pairs: the model may learn {learned} instead of "
-            "what was meant. Balance the data, or weigh length out."
-        )
+        for longer, share, learned in (
+            ("chosen", self.chosen_longer_share, "to write more"),
+            ("rejected", self.rejected_longer_share, "to write less"),
+        ):
+            if share >= _BIASED_SHARE:
+                self.notes.append(
+                    f"The {longer} answer is the longer one in {share:.0%} of pairs: the model may learn {learned} "
+                    "instead of what was meant. Balance the data, or use a loss that weighs length out."
+                )
 
     def note_classes(self) -> None:
         """Remark on unpaired data of one label only."""

@@ -9,7 +9,7 @@ will do is known all the same; rows that it leaves nothing of are dropped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -329,14 +329,23 @@ def _tokenizer_for(
 def _check_numbers(dataset: Dataset, task: _Task) -> Dataset:
     """Labels and margins, which say nothing where they are no numbers; labels become booleans."""
     if task.answers == UNPAIRED:
-        for first_row, table in iter_tables(dataset, ["label"]):
-            check_labels(table["label"].to_pylist(), range(first_row, first_row + len(table)), task.name)
+        for values, indices in _iter_values(dataset, "label"):
+            check_labels(values, indices, task.name)
         if dataset.features["label"] != Value("bool"):
             dataset = dataset.cast_column("label", Value("bool"))
     if task.whole and "margin" in dataset.column_names:
-        for first_row, table in iter_tables(dataset, ["margin"]):
-            check_margins(table["margin"].to_pylist(), range(first_row, first_row + len(table)), task.name)
+        for values, indices in _iter_values(dataset, "margin"):
+            check_margins(values, indices, task.name)
     return dataset
+
+
+def _iter_values(dataset: Dataset, column: str) -> Iterator[tuple[list, range]]:
+    """The values of one column as Python objects, ten thousand rows at a time, and the numbers of the rows."""
+    first_row = 0
+    for batch in dataset.select_columns([column]).iter(batch_size=10_000):
+        values = batch[column]
+        yield values, range(first_row, first_row + len(values))
+        first_row += len(values)
 
 
 def _check_kinds(dataset: Dataset, task: _Task) -> None:
@@ -552,6 +561,7 @@ def _summarize(measured: Mapping[str, np.ndarray], dataset: Dataset, task: _Task
     report.prompt_share = prompts / total if total else None
     if len(task.answers) == 2:
         report.chosen_longer_share = float((measured["chosen"] > measured["rejected"]).mean())
+        report.rejected_longer_share = float((measured["rejected"] > measured["chosen"]).mean())
         report.note_length_bias()
     labels = None
     if task.answers == UNPAIRED:

@@ -89,19 +89,19 @@ def parse_tools(tools: Any, row: int | str = "?") -> list | None:
             Named in the error.
 
     Raises:
-        `ValueError`: the text is not JSON, or is not a list.
+        `DatasetFormatError`: the text is not JSON, or is not a list.
     """
     if isinstance(tools, str):
         try:
             tools = json.loads(tools.strip() or "null")
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise DatasetFormatError(
                 f"Row {row}: `tools` is text but not JSON ({error}). It must hold a list of tool schemas."
             ) from error
     if not tools:
         return None
     if not isinstance(tools, (list, tuple)):
-        raise ValueError(f"Row {row}: `tools` must be a list of tool schemas, found {type(tools).__name__}.")
+        raise DatasetFormatError(f"Row {row}: `tools` must be a list of tool schemas, found {type(tools).__name__}.")
     return drop_none_fields(tools)  # Arrow gives each schema the keys of all others, as None
 
 
