@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tests.callbacks.helpers import make_trainer
 from tests.conftest import build_model
+from tests.trainer.preference_helpers import make_dpo_trainer, make_kto_trainer, make_pairs, make_unpaired
 from trl.losses.preference_options import PREFERENCE_LOSS_TYPES
 from trl.reports.doctor import DoctorCallback, install_doctor
 from trl.reports.doctor_rules import (
@@ -229,6 +230,10 @@ def test_half_precision_is_given_more_room(caplog):
     assert Run(caplog, doctor=doctor, model=build_model().bfloat16(), **DPO).log(1, **values) == []
     assert Run(caplog, doctor=doctor, model=build_model(), bf16=True, **DPO).log(1, **values) == []
     assert Run(caplog, doctor=doctor, model=build_model().bfloat16(), **DPO).log(1, loss=1.0) == ["first_loss"]
+    values = {"loss": 0.7, "rewards__chosen": 0.3, "rewards__rejected": -0.3}
+    half = {**DPO, "bf16": True}
+    assert Run(caplog, doctor=doctor, model=build_model(), **half).log(1, **values, logps__chosen=-900.0) == []
+    assert Run(caplog, doctor=doctor, model=build_model(), **half).log(1, **values) == ["first_loss"]
 
 
 def test_only_a_fresh_run_with_its_own_reference_is_judged(caplog):
@@ -254,7 +259,9 @@ def test_an_evaluation_before_training_is_a_first_loss(caplog):
     assert run.feed(0, {"eval_loss": math.log(2), "eval_runtime": 1.0}) == []
     assert run.feed(0, {"eval_loss": 0.5, "eval_runtime": 1.0}) == ["first_loss"]
     assert run.marks == {"eval_doctor/first_loss"}
-    assert run.feed(5, {"eval_loss": 0.3, "eval_runtime": 1.0}) == []
+    run = Run(caplog, doctor=doctor, model=build_model(), **DPO)
+    assert run.feed(1, {"eval_loss": 0.3, "eval_runtime": 1.0}) == []
+    assert run.feed(5, {"eval_loss": 3.0, "eval_runtime": 1.0}) == []
 
 
 # ---- Accuracy ----
@@ -500,6 +507,10 @@ def test_rules_are_complete():
 # ---- In a trainer ----
 
 
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("trl.reports.doctor")]
+
+
 class Seen(TrainerCallback):
     """What a tracker gets."""
 
@@ -517,7 +528,7 @@ def test_real_training_is_silent(tokenizer, tmp_path, caplog):
     )
     install_doctor(trainer.callback_handler)
     trainer.train()
-    assert not [record for record in caplog.records if record.name.startswith("trl.reports.doctor")]
+    assert not warnings_of(caplog)
     assert not any("doctor/" in key for entry in trainer.state.log_history for key in entry)
     assert trainer.state.log_history[-1]["train_loss"] < trainer.state.log_history[0]["loss"]
 
@@ -532,7 +543,7 @@ def test_a_broken_weight_is_found_in_training(tokenizer, tmp_path, caplog):
     trainer = make_trainer(tokenizer, tmp_path, [seen, Breaks()], logging_nan_inf_filter=False)
     install_doctor(trainer.callback_handler)
     trainer.train()
-    warned = [record.getMessage() for record in caplog.records if record.name.startswith("trl.reports.doctor")]
+    warned = warnings_of(caplog)
     assert len(warned) == 1 and warned[0].startswith("Step 3, not_finite: loss = nan")
     training = [logs for logs in seen.logs if "loss" in logs]
     assert ["doctor/not_finite" in logs for logs in training] == [False, False, True, True]
@@ -552,8 +563,47 @@ def test_a_gradient_spike_is_found_in_training(tokenizer, tmp_path, caplog):
     trainer = make_trainer(tokenizer, tmp_path, [Spike()], max_steps=42, learning_rate=1e-3)
     install_doctor(trainer.callback_handler)
     trainer.train()
-    warned = [record.getMessage() for record in caplog.records if record.name.startswith("trl.reports.doctor")]
+    warned = warnings_of(caplog)
     assert len(warned) == 1 and warned[0].startswith("Step 41, grad_norm_spike")
+
+
+def watch(trainer):
+    install_doctor(trainer.callback_handler).starts_at_reference = True
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-2])
+def test_preference_training_that_learns_is_silent(tmp_path, caplog, learning_rate):
+    """The first loss is as expected; then the pairs are learnt."""
+    history = watch(make_dpo_trainer(tmp_path, make_pairs(40), max_steps=30, learning_rate=learning_rate))
+    assert not warnings_of(caplog)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[-2]["rewards/margins"] > 0.01
+
+
+def test_unpaired_training_that_learns_is_silent(tmp_path, caplog):
+    watch(make_kto_trainer(tmp_path, make_unpaired(40), max_steps=30, learning_rate=1e-3))
+    assert not warnings_of(caplog)
+
+
+def test_a_learning_rate_far_too_high_is_found(tmp_path, caplog):
+    """Both answers fall to nothing; the loss falls too, and the accuracy is perfect."""
+    history = watch(make_dpo_trainer(tmp_path, max_steps=30, learning_rate=0.3, layout="padded"))
+    assert history[-2]["rewards/accuracies"] == 1 and history[-2]["loss"] < 0.01
+    rules = [message.split(", ")[1].split(":")[0] for message in warnings_of(caplog)]
+    assert rules[0] == "chosen_collapse" and set(rules) <= {"chosen_collapse", "margins_exploding"}
+
+
+def test_dropout_at_the_start_is_found(tmp_path, caplog):
+    """Attention dropout of Llama is a number in the config, not a layer that `disable_dropout` could reach."""
+    model = build_model(attention_dropout=0.5)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # predictions that depend on what is attended to
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(50)
+    watch(make_dpo_trainer(tmp_path, model=model, max_steps=1, learning_rate=0.0, disable_dropout=False))
+    assert len(warnings_of(caplog)) == 1 and "first_loss" in warnings_of(caplog)[0]
 
 
 def test_the_doctor_is_first_once_and_can_go(tokenizer, tmp_path):
