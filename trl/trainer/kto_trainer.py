@@ -87,6 +87,7 @@ class KTOTrainer(ReferencePolicyTrainer):
         self.layout = args.layout
         self.calculate_KL = args.loss_type == "kto"
         self._step_kl: Tensor | None = None
+        self._batches_of_step: list[dict[str, Any]] = []
         if not self.calculate_KL:
             self.reference_columns = ("ref_logps",)
 
@@ -137,22 +138,25 @@ class KTOTrainer(ReferencePolicyTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.calculate_KL and batches:
-            self._step_kl = self._estimate_step_kl(batches)
+        self._batches_of_step = batches if self.calculate_KL else []
         return batches, count
 
-    def _estimate_step_kl(self, batches: list[dict[str, Any]]) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self._batches_of_step:  # not any earlier: a resumed run has its random numbers back only now
+            self._step_kl = self._estimate_step_kl(model, self._batches_of_step)
+            self._batches_of_step = []
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _estimate_step_kl(self, model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
         """The estimate of a whole step; leaves the reference's log-probs in the batches, for the loss."""
-        self.model_wrapped.train()
+        model.train()
         totals = torch.zeros(2, device=self.accelerator.device)
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 if "ref_logps" not in inputs:
-                    ref_logps, ref_kl_logps = self.compute_ref_log_probs(self.model_wrapped, inputs)
-                    batch["ref_logps"], batch["ref_KL_logps"] = ref_logps, ref_kl_logps
-                    inputs = {**inputs, "ref_KL_logps": ref_kl_logps}
-                totals += self._kl_total_and_count(self.model_wrapped, inputs)
+                    batch["ref_logps"], inputs["ref_KL_logps"] = self.compute_ref_log_probs(model, inputs)
+                totals += self._kl_total_and_count(model, inputs)
         return self._kl_of(totals)
 
     @torch.no_grad()
