@@ -122,7 +122,8 @@ def test_a_gradient_spike_is_named_with_its_numbers(caplog):
         assert run.log(step, grad_norm=norm) == []
     assert run.log(31, grad_norm=60.0) == ["grad_norm_spike"]
     assert "gradient norm 60" in run.messages[0] and "of the last 30 logs" in run.messages[0]
-    assert run.log(32, grad_norm=2.0) == []
+    assert run.log(32, grad_norm=math.inf) == ["not_finite"] and run.marks == {"doctor/not_finite"}
+    assert run.log(33, grad_norm=2.0) == [] and run.marks == set()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from .doctor_rules import Rule, RunLog, default_rules, log_prefix
+from .doctor_rules import Rule, default_rules
+from .run_log import RunLog, log_prefix
 
 logger = logging.get_logger(__name__)
 

@@ -12,152 +12,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean, median, stdev
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
-from transformers import TrainingArguments
 
 from ..losses.preference import PairLogps, PreferenceLossInputs, preference_loss
 from ..losses.preference_options import PREFERENCE_LOSS_TYPES, PreferenceLossOptions
 from ..losses.unpaired import UNPAIRED_LOSSES, unpaired_loss
+from .run_log import Phase, RunLog, is_number
 
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def log_prefix(entry: Mapping[str, Any]) -> str | None:
-    """
-    What the keys of a log entry begin with: "" in a training log, "eval_" (or "eval_<dataset>_") in an evaluation's.
-    None for any other entry, such as the summary at the end.
-    """
-    if "loss" in entry:
-        return ""
-    for key in entry:
-        if key.endswith("_runtime") and key != "train_runtime":
-            return key.removesuffix("runtime")
-    return None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One logged value."""
-
-    step: int
-    value: float
-
-
-@dataclass(frozen=True)
-class Phase:
-    """
-    How long something has to last, all of it after the warm-up of the learning rate.
-
-    Args:
-        least_steps: optimizer steps.
-        least_share: the same as a share of the run; the larger one counts.
-        least_logs: logs in that time.
-    """
-
-    least_steps: int = 100
-    least_share: float = 0.1
-    least_logs: int = 20
-
-
-@dataclass(frozen=True)
-class RunLog:
-    """
-    A run as a rule sees it.
-
-    Args:
-        entries: the log history with the entry to judge at the end; each has its `step`.
-        args: the trainer's arguments.
-        max_steps: optimizer steps of the whole run.
-        model: the trained model; tells the precision.
-        starts_at_reference: whether the policy is the reference before the first step.
-    """
-
-    entries: Sequence[Mapping[str, Any]]
-    args: TrainingArguments
-    max_steps: int = 0
-    model: nn.Module | None = None
-    starts_at_reference: bool = False
-
-    @property
-    def newest(self) -> Mapping[str, Any]:
-        return self.entries[-1]
-
-    @property
-    def step(self) -> int:
-        return self.newest["step"]
-
-    @property
-    def prefix(self) -> str:
-        return log_prefix(self.newest) or ""
-
-    @property
-    def warmup_steps(self) -> int:
-        return self.args.get_warmup_steps(self.max_steps)
-
-    @property
-    def loss_types(self) -> tuple[str, ...]:
-        loss_type = getattr(self.args, "loss_type", None) or ()
-        return (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-
-    @property
-    def full_precision(self) -> bool:
-        """Whether log-probs are computed in float32 throughout."""
-        args = self.args
-        if args.bf16 or args.fp16 or args.tf32 or self.model is None:
-            return False
-        return all(parameter.dtype in (torch.float32, torch.float64) for parameter in self.model.parameters())
-
-    def value(self, key: str) -> float | None:
-        """The newest entry's value; None where it has none."""
-        value = self.newest.get(self.prefix + key)
-        return float(value) if _number(value) else None
-
-    def backwards(self, key: str) -> Iterator[Point]:
-        """The finite values, newest first; nothing where the newest entry has none."""
-        if self.value(key) is None:
-            return
-        name = self.prefix + key
-        for entry in reversed(self.entries):
-            value = entry.get(name)
-            if _number(value) and math.isfinite(value):
-                yield Point(entry["step"], float(value))
-
-    def recent(self, key: str, most: int) -> list[float]:
-        """The newest `most` finite values, oldest first."""
-        return [point.value for point in islice(self.backwards(key), most)][::-1]
-
-    def phase(self, key: str, phase: Phase) -> list[Point]:
-        """The values of a phase that ends now, oldest first; none while it does not fit in behind the warm-up."""
-        least_steps = max(phase.least_steps, phase.least_share * self.max_steps)
-        points: list[Point] = []
-        for point in self.backwards(key):
-            start = max(point.step, self.warmup_steps)
-            if len(points) >= phase.least_logs and self.step - start >= least_steps:
-                return points[::-1]
-            if point.step <= self.warmup_steps:
-                return []
-            points.append(point)
-        fits = len(points) >= phase.least_logs and self.step - self.warmup_steps >= least_steps
-        return points[::-1] if fits else []
-
-    def pair_key(self, name: str) -> str | None:
-        """The key of `accuracies` or `margins` over pairs, as DPO or the reward trainer logs it."""
-        if self.value(f"rewards/{name}") is not None:
-            return f"rewards/{name}"
-        other = {"accuracies": "accuracy", "margins": "margin"}[name]
-        # Those are common names; together with the others they are the reward trainer's.
-        if all(self.value(key) is not None for key in ("accuracy", "margin", "mean_reward")):
-            return other
-        return None
+LASTING = Phase()
 
 
 @dataclass(frozen=True)
@@ -202,7 +69,7 @@ class NotFinite(Rule):
     kinds = ("train", "eval", "other")
 
     def check(self, log: RunLog) -> str | None:
-        found = {key: value for key, value in log.newest.items() if _number(value) and not math.isfinite(value)}
+        found = {key: value for key, value in log.newest.items() if is_number(value) and not math.isfinite(value)}
         if "grad_norm" in found and log.args.fp16 and not self._keeps_overflowing(log):
             del found["grad_norm"]
         if not found:
@@ -211,7 +78,7 @@ class NotFinite(Rule):
         return named + (f", and {len(found) - 4} more" if len(found) > 4 else "")
 
     def _keeps_overflowing(self, log: RunLog) -> bool:
-        norms = (entry["grad_norm"] for entry in reversed(log.entries) if _number(entry.get("grad_norm")))
+        norms = (entry["grad_norm"] for entry in reversed(log.entries) if is_number(entry.get("grad_norm")))
         last = list(islice(norms, self.fp16_logs))
         return len(last) == self.fp16_logs and not any(map(math.isfinite, last))
 
@@ -375,7 +242,7 @@ class AccuracyStuck(Rule):
     """
 
     ceiling: float = 0.55
-    phase: Phase = Phase()
+    phase: Phase = LASTING
 
     name = "accuracy_stuck"
     meaning = (
@@ -499,7 +366,7 @@ class KLAtClamp(Rule):
         moved: size of the median reward from which on the policy has moved.
     """
 
-    phase: Phase = Phase()
+    phase: Phase = LASTING
     moved: float = 0.05
 
     name = "kl_clamped"
