@@ -603,7 +603,7 @@ def test_dropout_at_the_start_is_found(tmp_path, caplog):
         model.lm_head.weight.mul_(50)  # predictions that depend on what is attended to
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(50)
-    watch(make_dpo_trainer(tmp_path, model=model, max_steps=1, learning_rate=0.0, disable_dropout=False))
+    watch(make_dpo_trainer(tmp_path, model=model, max_steps=1, learning_rate=0.0))
     assert len(warnings_of(caplog)) == 1 and "first_loss" in warnings_of(caplog)[0]
 
 
@@ -618,6 +618,24 @@ def test_the_doctor_is_first_once_and_can_go(tokenizer, tmp_path):
     assert install_doctor(trainer.callback_handler) is own
     callbacks = trainer.callback_handler.callbacks
     assert callbacks[0] is own and sum(isinstance(callback, DoctorCallback) for callback in callbacks) == 1
+
+
+def test_our_trainers_have_one(tmp_path, caplog):
+    """Also where the user passes one; it is told whether the policy starts as the reference, and goes on on resuming."""
+    own = DoctorCallback([MarginsExploding(limit=-math.inf, logs=1)])  # fires at every log
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "layout": "padded"}
+    trainer = make_dpo_trainer(tmp_path, callbacks=[own], **settings)
+    assert trainer.callback_handler.callbacks[0] is own and own.starts_at_reference
+    trainer.train()
+    assert [message.split(":")[0] for message in warnings_of(caplog)] == ["Step 1, margins_exploding"]
+    caplog.clear()
+    resumed = make_dpo_trainer(tmp_path, callbacks=[DoctorCallback(own.rules)], **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not warnings_of(caplog)
+    marks = [entry.get("doctor/margins_exploding") for entry in resumed.state.log_history if "loss" in entry]
+    assert marks == [1.0] * 4
+    other = make_dpo_trainer(tmp_path, ref_model=build_model(seed=1))
+    assert type(other.callback_handler.callbacks[0]) is DoctorCallback and not other.doctor.starts_at_reference
 
 
 def test_it_follows_plain_training_arguments(caplog, tmp_path):

@@ -157,13 +157,13 @@ class FirstLoss(Rule):
 
     name = "first_loss"
     meaning = (
-        "Policy and reference should be the same model now, and score its answers alike. Often dropout is on, the "
-        "reference was loaded from other weights or in another precision, its precomputed log-probs are of another "
-        "model, or the adapter does not start at zero. (After several steps: the learning rate is too high.)"
+        "Policy and reference are the same model before the first step, and should score answers alike. Often a "
+        "dropout is on that is no layer but a number in the model's config, or the reference was loaded from other "
+        "weights or in another precision. (After several steps: the learning rate is too high.)"
     )
     advice = (
-        "`disable_dropout=True`; the same `dtype` and `attn_implementation` for both; delete precomputed columns "
-        "`ref_*`; `init_lora_weights=True`. If the reference is meant to be another model, pass it as `ref_model`."
+        "Set `attention_dropout` and the like to 0 in the model's config (`model_init_kwargs`); the same `dtype` and "
+        "`attn_implementation` for both. If the reference is meant to be another model, pass it as `ref_model`."
     )
     kinds = ("train", "eval")
 
