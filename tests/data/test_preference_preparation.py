@@ -322,6 +322,19 @@ def test_another_end_of_turn_is_remarked_on(tokenizer):
     assert any("most examples end with <|im_end|>" in note for note in report.notes)
 
 
+def test_roles_that_the_template_does_not_name_are_remarked_on(tokenizer):
+    def rows(role):
+        prompt = [{"role": role, "content": "be kind"}, {"role": "user", "content": "hello"}]
+        return [pair(prompt, *([{"role": "assistant", "content": text}] for text in ("a", "b")))] * 3
+
+    _, report = prepare("dpo", rows("narrator"), tokenizer)
+    assert any("'narrator' (3 messages)" in note for note in report.notes)
+    tokenizer.chat_template += "{# 'narrator' #}"
+    for role in ("narrator", "system", "developer"):
+        _, report = prepare("dpo", rows(role), tokenizer)
+        assert not report.notes
+
+
 # ---- Tokenized rows ----
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,6 +171,22 @@ class PairChecker:
         plain = role.strip().lower()
         near = difflib.get_close_matches(plain, ROLES, n=1, cutoff=0.8)
         return _ROLE_ALIASES.get(plain) or (near[0] if near else None)
+
+    def count_unknown_roles(self, table: pa.Table) -> Counter[str]:
+        """How many messages of an Arrow table have a role that is neither usual nor quoted in the chat template."""
+        counts: Counter[str] = Counter()
+        for column in table.columns if self.conversational else ():
+            messages = pc.list_flatten(column.combine_chunks()) if pa.types.is_list(column.type) else None
+            if messages is None or not pa.types.is_struct(messages.type):
+                continue
+            place = messages.type.get_field_index("role")
+            if place < 0 or not pa.types.is_string(messages.type.field(place).type):
+                continue  # the rows themselves will be refused
+            for item in pc.value_counts(pc.struct_field(messages, [place])).to_pylist():
+                role = item["values"]
+                if role is not None and role not in ROLES and not self._is_in_template(role):
+                    counts[role] += item["counts"]
+        return counts
 
     def _others(self, column: str) -> str:
         return "the answers hold" if column == "prompt" else "the first row holds"

@@ -9,6 +9,7 @@ will do is known all the same; rows that it leaves nothing of are dropped.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from .pair_checks import PairChecker, check_labels, check_margins, check_token_l
 from .pair_report import CutAnswers, PairReport
 from .template_rendering import resolve_chat_template
 from .templating import extract_prompt
-from .token_lists import TRUNCATION_MODES, TokenLists
+from .token_lists import TokenLists, check_truncation
 from .tokenization import RowTokenizer, get_tokenizer
 from .unpairing import add_kl_completions, unpair_tokenized
 
@@ -83,13 +84,7 @@ class PreferenceOptions:
         return read_options(cls, config, **overrides)
 
     def __post_init__(self):
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} is unknown; use one of "
-                f"{', '.join(map(repr, TRUNCATION_MODES))}."
-            )
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length} leaves no token; give at least 1, or None to cut nothing.")
+        check_truncation(self.max_length, self.truncation_mode)
         if self.kl_block_size is not None and self.kl_block_size < 2:
             raise ValueError(
                 f"kl_block_size={self.kl_block_size}: within fewer than 2 rows no answer can be given to another "
@@ -282,7 +277,7 @@ def _prepare(
         return _prepare_stream(dataset, answers, task, report), report
     dataset = _check_numbers(dataset, task)
     if answers is not None:
-        _check_kinds(dataset, task)
+        _check_kinds(dataset, task, answers.checker, report)
         dataset = _tokenize(dataset, answers, task, report)
     return _count_and_drop(dataset, task, report), report
 
@@ -348,12 +343,20 @@ def _iter_values(dataset: Dataset, column: str) -> Iterator[tuple[list, range]]:
         first_row += len(values)
 
 
-def _check_kinds(dataset: Dataset, task: _Task) -> None:
-    """Missing and mixed values of whole columns, found in Arrow before anything is tokenized."""
+def _check_kinds(dataset: Dataset, task: _Task, checker: PairChecker, report: PairReport) -> None:
+    """Missing and mixed values of whole columns, found in Arrow before anything is tokenized; and unknown roles."""
     columns = [column for column in ("prompt", *task.answers) if column in dataset.column_names]
     shape = Shape("preference", tuple(columns))
+    unknown: Counter[str] = Counter()
     for first_row, table in iter_tables(dataset, columns):
         check_rows(table, shape, "Preference training", f"the {task.name} dataset", first_row)
+        unknown.update(checker.count_unknown_roles(table))
+    if unknown:
+        roles = ", ".join(f"{role!r} ({count:,} messages)" for role, count in unknown.most_common(5))
+        report.notes.append(
+            f"Roles that the chat template does not name: {roles}. See what it makes of them, with "
+            "tokenizer.apply_chat_template(messages, tokenize=False)."
+        )
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ from .preflight import PreparationReport
 from .templating import maybe_convert_to_chatml
 from .token_lists import (
     TOKEN_COLUMNS,
-    TRUNCATION_MODES,
     TokenLists,
     build_labels,
+    check_truncation,
     count_trained,
     truncate_table,
 )
@@ -104,13 +104,7 @@ class LanguageModelingOptions:
         return read_options(cls, config, **overrides)
 
     def __post_init__(self):
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} is unknown; use one of "
-                f"{', '.join(map(repr, TRUNCATION_MODES))}."
-            )
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length} leaves no token; give at least 1, or None to cut nothing.")
+        check_truncation(self.max_length, self.truncation_mode)
         if not self.packing:
             return
         if self.max_length is None:

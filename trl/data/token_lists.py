@@ -91,6 +91,19 @@ def build_labels(input_ids: TokenLists, masks: Mapping[str, TokenLists]) -> Toke
     return TokenLists(labels, input_ids.lengths)
 
 
+def check_truncation(max_length: int | None, mode: str) -> None:
+    """
+    Check where rows are to be cut.
+
+    Raises:
+        `ValueError`: a limit below 1, or an unknown mode.
+    """
+    if mode not in TRUNCATION_MODES:
+        raise ValueError(f"truncation_mode={mode!r} is unknown; use one of {', '.join(map(repr, TRUNCATION_MODES))}.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length={max_length} leaves no token; give at least 1, or None to cut nothing.")
+
+
 def truncate_table(table: pa.Table, max_length: int | None, mode: str = "keep_start") -> pa.Table:
     """
     The table with its token columns cut to `max_length`.
@@ -106,8 +119,7 @@ def truncate_table(table: pa.Table, max_length: int | None, mode: str = "keep_st
     Raises:
         `ValueError`: `mode` is neither.
     """
-    if mode not in TRUNCATION_MODES:
-        raise ValueError(f"truncation_mode={mode!r} is unknown; use one of {', '.join(map(repr, TRUNCATION_MODES))}.")
+    check_truncation(max_length, mode)
     if max_length is None:
         return table
     lengths = TokenLists.from_arrow(table["input_ids"]).lengths
