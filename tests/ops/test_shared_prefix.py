@@ -148,9 +148,6 @@ def test_truncated_rows_agree():
     assert rows.shared_B.tolist() == [0] * 6
     score_tokens(model, batch, layout="shared_prefix", groups=groups)
     assert layouts_choice(model).name == "padded"
-    assert (
-        "No two rows of a group begin alike" in layouts_choice(model).reason or "left" in layouts_choice(model).reason
-    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -291,6 +288,7 @@ class TestFlexAttention:
         seen = blocks.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :])
         assert torch.equal(seen, dense_mask(sight, torch.float32, window, chunk)[0, 0] == 0)
 
+    @pytest.mark.filterwarnings("ignore:.*without torch.compile:UserWarning")
     @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3:sliding"])
     def test_models_agree(self, name, monkeypatch):
         """Everything in one row. Flex attention as PyTorch defines it: compiling it takes half a minute."""
@@ -398,7 +396,9 @@ class TestChooseLayout:
         model.config._attn_implementation = "flash_attention_2"
         with pytest.raises(PackingNotSupportedError, match="two answers see one prompt but not each other"):
             choose_layout(model, batch, "shared_prefix", groups)
-        assert choose_layout(model, batch, "auto", groups).name == "padded"
+        choice = choose_layout(model, batch, "auto", groups)
+        assert choice.name == "padded"
+        assert choice.reason.endswith("see one prompt but not each other")
 
     def test_models_out_of_reach_are_refused(self, monkeypatch):
         model, (batch, groups) = make_model("gemma2"), make_batch(self.LONG)

@@ -172,7 +172,9 @@ def choose_layout(
         return LayoutChoice("padded", "Rows padded on the left start at another position, so they stay as they are")
     choice = _cheapest_layout(model, batch, sharing)
     if layout == "shared_prefix":
-        return LayoutChoice(choice.name, f"No two rows of a group begin alike. {choice.reason}")
+        return replace(choice, reason=f"No two rows of a group begin alike. {choice.reason}")
+    if groups is not None and (reason := why_not_shared_prefix(model)) is not None:
+        return replace(choice, reason=f"{choice.reason}. {reason}")
     return choice
 
 
