@@ -143,3 +143,45 @@ class _BaseConfig(TrainingArguments):
                 "with its own fused head. Remove the key, or set it to False."
             )
         self.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
+
+
+@dataclass
+class _OfflineConfig(_BaseConfig):
+    """Fields of every method that trains on the completions of a dataset. Not for direct use."""
+
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # --- Model ---
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of `from_pretrained`, used when `model` is given as a name or path, as a "
+            "dictionary or JSON text."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Allow model and tokenizer code from the Hub repository to run on this machine."},
+    )
+
+    # --- Data ---
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest prompt with completion, in tokens; longer ones are cut. None: no limit."},
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto",
+        metadata={"help": "Round the padded length up to a multiple of this. `auto`: 128 on Neuron, else none."},
+    )
+
+    # --- Training ---
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep activations in host memory between forward and backward."}
+    )
+
+    def __post_init__(self):
+        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` is at least 1 token, or None for no limit. Found {self.max_length}.")
+        super().__post_init__()

@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..choices import check_choice
-from .base_config import _BaseConfig, resolve_pad_to_multiple_of
+from .base_config import _OfflineConfig
 
 LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 
 
 @dataclass
-class _PreferenceConfig(_BaseConfig):
+class _PreferenceConfig(_OfflineConfig):
     """Fields of every method that learns from preferences. Not for direct use."""
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
-
-    # --- Model ---
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of `from_pretrained`, used when `model` is given as a name or path, as a "
-            "dictionary or JSON text."
-        },
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Set the dropout of all layers to 0, so that equal completions are judged equally."},
     )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Allow model and tokenizer code from the Hub repository to run on this machine."},
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set the dropout of all layers to 0."})
-
-    # --- Data ---
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
-    max_length: int | None = field(
-        default=1024,
-        metadata={"help": "Longest prompt with completion, in tokens. None: no limit."},
-    )
-    pad_to_multiple_of: int | str | None = field(
-        default="auto",
-        metadata={"help": "Round the padded length up to a multiple of this. `auto`: 128 on Neuron, else none."},
-    )
-
-    # --- Training ---
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep activations in host memory between forward and backward."}
-    )
-
-    def __post_init__(self):
-        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"`max_length` is at least 1 token, or None for no limit. Found {self.max_length}.")
-        super().__post_init__()
 
 
 @dataclass

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
 
-from .base_config import _BaseConfig, resolve_pad_to_multiple_of
+from .base_config import warn_deprecated
+from .preference_config import _PreferenceConfig
 
 
 @dataclass
-class RewardConfig(_BaseConfig):
+class RewardConfig(_PreferenceConfig):
     """
     Arguments of [`RewardTrainer`]: those of `transformers.TrainingArguments`, and the fields below.
 
@@ -22,20 +21,7 @@ class RewardConfig(_BaseConfig):
         ValueError: for a value that cannot work, or a JSON field that is not JSON.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
-
     # --- Model ---
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of `from_pretrained`, used when `model` is given as a name or path, as a "
-            "dictionary or JSON text."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Allow model and tokenizer code from the Hub repository to run on this machine."},
-    )
     chat_template_path: str | None = field(
         default=None,
         metadata={
@@ -43,13 +29,7 @@ class RewardConfig(_BaseConfig):
             "special tokens are added as well and the embeddings resized)."
         },
     )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Switch off every dropout layer of the model, so that equal answers score equally."},
-    )
-
     # --- Data ---
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
     eos_token: str | None = field(
         default=None, metadata={"help": "Token that ends a turn or a text. By default the tokenizer's own."}
     )
@@ -63,11 +43,6 @@ class RewardConfig(_BaseConfig):
             "score would be that of another text. None: no limit."
         },
     )
-    pad_to_multiple_of: int | str | None = field(
-        default="auto",
-        metadata={"help": "Round the padded length up to a multiple of this. `auto`: 128 on Neuron, else none."},
-    )
-
     # --- Training ---
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
     center_rewards_coefficient: float | None = field(
@@ -77,21 +52,10 @@ class RewardConfig(_BaseConfig):
             "(https://huggingface.co/papers/2312.09244; 0.01 is usual). None: no such term."
         },
     )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep activations in host memory between forward and backward."}
-    )
 
     def __post_init__(self):
         if self.pad_token is not None:
-            warnings.warn(
-                "`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`. It will be "
-                "removed in version 2.0.",
-                FutureWarning,
-                stacklevel=3,
-            )
-        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"`max_length` is at least 1, or None for no limit. Found {self.max_length!r}.")
+            warn_deprecated("`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`.")
         coefficient = self.center_rewards_coefficient
         if coefficient is not None and not (isfinite(coefficient) and coefficient >= 0):
             raise ValueError(

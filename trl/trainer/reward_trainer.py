@@ -28,7 +28,8 @@ from ..data.template_rendering import inner_tokenizer
 from ..losses.reward import bradley_terry_loss, centering_penalty
 from ..models.adapters import prepare_peft_model
 from ..models.reference import disable_dropout_in_model
-from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_type, is_peft_model
+from .base_trainer import AnyDataset, EvalDatasets, check_dataset_type, is_peft_model
+from .preference_trainer import PreferenceTrainer
 from .reward_config import RewardConfig
 from .setup import (
     apply_chat_template_path,
@@ -122,7 +123,7 @@ def _for_classification(peft_config: PeftConfig | None) -> PeftConfig | None:
     return peft_config
 
 
-class RewardTrainer(_BaseTrainer):
+class RewardTrainer(PreferenceTrainer):
     """
     Training of a reward model on pairs of answers, with the Bradley-Terry model of preferences
     (https://huggingface.co/papers/2203.02155).
@@ -159,7 +160,6 @@ class RewardTrainer(_BaseTrainer):
     _name = "Reward"
     _tag_names = ["trl", "reward-trainer"]
     _template_file = "rm_model_card.md"
-    loss_is_scaled_for_ga = False  # `training_step` divides by the accumulation steps
 
     def __init__(
         self,
@@ -222,7 +222,6 @@ class RewardTrainer(_BaseTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model_accepts_loss_kwargs = False  # says the same as `loss_is_scaled_for_ga` to Transformers before 5.19
         self.can_return_loss, self.label_names = True, []  # a pair is its own label
 
     # ---- Construction ----
@@ -307,12 +306,8 @@ class RewardTrainer(_BaseTrainer):
         if self.args.center_rewards_coefficient is not None:
             losses_B = losses_B + self.args.center_rewards_coefficient * centering_penalty(chosen_B, rejected_B)
         self._add_metrics(inputs, losses_B, chosen_B, rejected_B)
-        if num_items_in_batch is None:
-            loss = losses_B.sum() / max(len(losses_B), 1)
-        else:
-            # The count is over all processes and micro-batches, by which the gradients are then averaged.
-            replicas = self.accelerator.num_processes // self.get_tp_size()
-            loss = losses_B.sum() / num_items_in_batch * self.current_gradient_accumulation_steps * replicas
+        counts = {"pairs": torch.tensor(len(losses_B))}
+        loss = self.normalize(losses_B.sum(), "pairs", counts, over_step=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
 
     def _add_metrics(self, inputs: dict[str, Any], losses_B: Tensor, chosen_B: Tensor, rejected_B: Tensor) -> None:
@@ -330,12 +325,8 @@ class RewardTrainer(_BaseTrainer):
         if mode == "eval":
             self.reducer.add(mode, "loss", losses_B.sum(), count)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Pairs of an optimizer step, over its micro-batches and all processes."""
-        if not batch_samples:
-            return None
-        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
-        return self.accelerator.gather(pairs).sum() // self.get_tp_size()
+    def count_items(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"pairs": torch.tensor(len(inputs["input_ids"]) // 2)}
 
     # ---- Evaluation ----
 

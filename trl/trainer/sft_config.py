@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..choices import check_choice
-from .base_config import _BaseConfig, resolve_pad_to_multiple_of, warn_deprecated
+from .base_config import _OfflineConfig, warn_deprecated
 
 LOSS_TYPES = ("nll", "dft")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
@@ -14,7 +14,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
 @dataclass
-class SFTConfig(_BaseConfig):
+class SFTConfig(_OfflineConfig):
     """
     Arguments of [`SFTTrainer`]: those of `transformers.TrainingArguments`, and the fields below.
 
@@ -25,20 +25,9 @@ class SFTConfig(_BaseConfig):
         ValueError: for a value outside its choices, a JSON field that is not JSON, or options that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
+    _VALID_DICT_FIELDS = [*_OfflineConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
     # --- Model ---
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of `from_pretrained`, used when `model` is given as a name or path, as a "
-            "dictionary or JSON text."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Allow model and tokenizer code from the Hub repository to run on this machine."},
-    )
     chat_template_path: str | None = field(
         default=None,
         metadata={
@@ -65,7 +54,6 @@ class SFTConfig(_BaseConfig):
             "as it is)."
         },
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
     eos_token: str | None = field(
         default=None, metadata={"help": "Token that ends a turn or a text. By default the tokenizer's own."}
     )
@@ -108,11 +96,6 @@ class SFTConfig(_BaseConfig):
         default=False,
         metadata={"help": "Lay a batch out as one row without padding. Same numbers as padded, less work."},
     )
-    pad_to_multiple_of: int | str | None = field(
-        default="auto",
-        metadata={"help": "Round the padded length up to a multiple of this. `auto`: 128 on Neuron, else none."},
-    )
-
     # --- Training ---
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
     loss_type: str = field(
@@ -133,9 +116,6 @@ class SFTConfig(_BaseConfig):
     assistant_only_loss: bool = field(
         default=False, metadata={"help": "Train on the assistant's words only. Needs conversational data."}
     )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep activations in host memory between forward and backward."}
-    )
 
     def __post_init__(self):
         if self.loss_type is None:  # the default of earlier versions
@@ -152,7 +132,6 @@ class SFTConfig(_BaseConfig):
             warn_deprecated(
                 "`truncation_mode='keep_end'` is deprecated: cut the dataset yourself if you need its end."
             )
-        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("packing_strategy", self.packing_strategy, PACKING_STRATEGIES)
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
