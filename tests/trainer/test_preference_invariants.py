@@ -233,7 +233,7 @@ if process == 0:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "layout", "cut"),
-    [("dpo", "padded", (3, 1)), ("dpo", "shared_prefix", (1, 3)), ("dpo", "auto", (2, 2)), ("kto", "auto", (3, 1))],
+    [("dpo", "padded", (3, 1)), ("dpo", "shared_prefix", (1, 3)), ("dpo", "auto", (3, 1)), ("kto", "auto", (3, 1))],
 )
 def test_two_processes_agree(tmp_path, expected_dpo, expected_kto, method, layout, cut):
     script = tmp_path / "worker.py"
