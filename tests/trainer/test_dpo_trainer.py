@@ -408,6 +408,14 @@ def test_errors_of_arguments(tmp_path):
         make_dpo_trainer(tmp_path, [{**row, "image": "none"} for row in TEXT_PAIRS])
 
 
+def test_a_layout_that_cannot_be_is_refused_at_once(tmp_path):
+    model = build_model(architecture="mamba", state_size=4)
+    with pytest.raises(ValueError, match="shared_prefix"):
+        make_dpo_trainer(tmp_path, model=model, layout="shared_prefix")
+    with pytest.raises(ValueError, match="packed"):
+        make_dpo_trainer(tmp_path, model=model, padding_free=True)
+
+
 def test_deprecated_options_warn():
     with pytest.warns(FutureWarning, match="keep_end"):
         DPOConfig("out", truncation_mode="keep_end", use_cpu=True)

@@ -35,7 +35,7 @@ class TrlParser(HfArgumentParser):
         ```
     """
 
-    def __init__(self, dataclass_types: DataClassType | Iterable[DataClassType] | None = None, **kwargs):
+    def __init__(self, dataclass_types: DataClassType | Iterable[DataClassType] | None = None, **kwargs: Any):
         if dataclass_types is None:
             dataclass_types = []
         elif is_dataclass(dataclass_types):
@@ -106,7 +106,7 @@ class TrlParser(HfArgumentParser):
         except ValueError as error:
             raise ValueError(f"{Path(path).name}: {error}") from error
 
-    def set_defaults_with_config(self, **kwargs) -> list[str]:
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """
         Make values the defaults of the flags of the same name, in subcommands too. A required flag with a default is
         required no longer.

@@ -25,7 +25,7 @@ from ..models.adapters import prepare_peft_model
 from ..models.loading import create_model_from_path, get_config_model_id
 from ..models.moe import resolve_router_aux_loss
 from ..models.reference import ReferencePolicy, disable_dropout_in_model
-from ..ops.layouts import PackingNotSupportedError, why_not_packed
+from ..ops.layouts import PackingNotSupportedError, why_not_packed, why_not_shared_prefix
 from ..ops.scoring import TokenScores, find_causal_lm, install_scoring, score_tokens
 from .base_config import _BaseConfig
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_type, is_peft_model
@@ -203,7 +203,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         model.config.use_cache = False
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        install_scoring(model)
+        check_layout(model, args.layout, self._is_vision_dataset)
         self.router_aux_loss_coef, self.aux_loss_enabled = resolve_router_aux_loss(model, args.router_aux_loss_coef)
         self.precompute_ref_logps = args.precompute_ref_log_probs
         self._ref_model_given, self._columns_given = ref_model is not None, set(example)
@@ -431,8 +431,11 @@ def load_again(model: nn.Module, disable_dropout: bool, init_kwargs: dict[str, A
     return loaded
 
 
-def check_layout(model: nn.Module, layout: str) -> None:
-    """Refuse, before the first step, a layout that the model cannot take."""
-    reason = why_not_packed(install_scoring(model)) if layout in ("packed", "shared_prefix") else None
+def check_layout(model: nn.Module, layout: str, with_images: bool) -> None:
+    """Refuse, before the first step, a layout that the model or its batches cannot have."""
+    if layout not in ("packed", "shared_prefix"):
+        return
+    why_not = why_not_packed if layout == "packed" else why_not_shared_prefix
+    reason = "Images have their place in a row" if with_images else why_not(install_scoring(model))
     if reason is not None:
-        raise PackingNotSupportedError(f"{reason}. Use layout='padded', or 'auto'.")
+        raise PackingNotSupportedError(f"{reason}, so `layout={layout!r}` cannot be. Use 'auto', or 'padded'.")
