@@ -78,7 +78,7 @@ class PairReport(DatasetReport):
         if self.prompt_share is not None:
             once = (
                 f"; computed once per pair, {self.prompt_share / 2:.1%} of the work is saved"
-                if {"prompt", "chosen"} <= set(self.lengths)
+                if {"prompt", "chosen"} <= set(self.lengths) and self.desirable is None
                 else ""
             )
             lines.append(("prompt share", f"{self.prompt_share:.1%} of all tokens{once}"))
