@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 
-from tests.conftest import REFERENCE_DIR, load_reference
+from tests.conftest import load_reference
 from trl.data.formats import DatasetFormatError
 from trl.data.pair_report import EMPTY_ANSWER, IDENTICAL, NOTHING_SCORED, PROMPT_FILLS, SAME_AFTER_CUT, TOO_LONG
 from trl.data.preference_preparation import (
@@ -24,26 +24,6 @@ CASES = {
     for name, case in load_reference("prep").items()
     if name.split("_")[0] in PREPARE and "rows" in case["outputs"]
 }
-
-
-@pytest.fixture(scope="module")
-def word_tokenizer():
-    """The word-level tokenizer with which the reference figures were recorded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    spec = json.loads((REFERENCE_DIR / "prep.json").read_text())["tokenizer"]
-    backend = Tokenizer(models.WordLevel(spec["vocab"], unk_token=spec["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=spec["pad_token"],
-        unk_token=spec["unk_token"],
-        eos_token=spec["eos_token"],
-        additional_special_tokens=spec["additional_special_tokens"],
-    )
-    tokenizer.chat_template = spec["chat_template"]
-    return tokenizer
 
 
 def prepare(kind, rows, tokenizer, streaming=False, **options):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
-from tests.conftest import CHAT_TEMPLATE, REFERENCE_DIR, build_tokenizer, load_reference
+from tests.conftest import CHAT_TEMPLATE, build_tokenizer, load_reference
 from trl.data.collators import DataCollatorForLanguageModeling
 from trl.data.fingerprints import fingerprint_processing_class
 from trl.data.formats import DatasetFormatError
@@ -25,26 +25,6 @@ from trl.data.preparation import (
 
 CASES = {name: case for name, case in load_reference("prep").items() if name.startswith("sft_")}
 PREPARED = [name for name, case in CASES.items() if "rows" in case["outputs"]]
-
-
-@pytest.fixture(scope="module")
-def word_tokenizer():
-    """The word-level tokenizer with which the reference figures were recorded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    spec = json.loads((REFERENCE_DIR / "prep.json").read_text())["tokenizer"]
-    backend = Tokenizer(models.WordLevel(spec["vocab"], unk_token=spec["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=spec["pad_token"],
-        unk_token=spec["unk_token"],
-        eos_token=spec["eos_token"],
-        additional_special_tokens=spec["additional_special_tokens"],
-    )
-    tokenizer.chat_template = spec["chat_template"]
-    return tokenizer
 
 
 def options_of(config: dict) -> LanguageModelingOptions:
