@@ -8,6 +8,7 @@ history, which a checkpoint holds, so a resumed run gets the warnings that the u
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -100,7 +101,7 @@ class DoctorCallback(TrainerCallback):
     def _is_going_on(self, history: Sequence[Mapping[str, Any]], key: str) -> bool:
         """Whether the finding was in one of the last logs of the newest entry's kind before it."""
         prefix, left = log_prefix(history[-1]), self.calm_logs
-        for entry in reversed(history[:-1]):
+        for entry in islice(reversed(history), 1, None):
             if left == 0:
                 return False
             if log_prefix(entry) == prefix:

@@ -14,9 +14,10 @@ import math
 import warnings
 from dataclasses import dataclass
 from itertools import islice
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from ..losses.preference import PairLogps, PreferenceLossInputs, preference_loss
@@ -263,7 +264,7 @@ class AccuracyStuck(Rule):
         if len(points) < 2:
             return None
         values = [point.value for point in points]
-        mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
+        mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
         if mean + 2 * error >= self.ceiling:
             return None
         return f"{key} {mean:.3f} ± {error:.3f} over steps {points[0].step} to {points[-1].step} ({len(points)} logs)"
