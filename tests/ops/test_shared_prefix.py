@@ -136,6 +136,15 @@ def test_rows_padded_on_the_left_agree_on_request(name):
     assert choose_layout(model, batch, "auto", groups).name == "padded"
 
 
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_first_tokens_of_rows_padded_on_the_left_are_not_scored(layout):
+    """What stands before them is padding, which predicts nothing."""
+    batch, groups = make_batch(PAIRS, left=3, trained_from=0)
+    scores = score_tokens(make_model("llama"), batch, layout=layout, groups=groups)
+    assert scores.mask.sum() == batch["attention_mask"].sum() - len(PAIRS)
+    assert not scores.mask[1, :3].any()
+
+
 def test_truncated_rows_agree():
     """Cut on the right, at different places; cut on the left, so that nothing is shared but by chance."""
     model, (batch, groups) = make_model("llama"), make_batch(PAIRS)
