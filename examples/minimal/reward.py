@@ -25,14 +25,15 @@ REWARD_MODEL = SimpleNamespace(
 
 
 def make_standin_rows() -> list[dict]:
-    """Of two answers about a word, the one that names its last letter is better than one that names another."""
+    """Is there a b in this word? The right answer is better than the wrong one."""
     rows = []
-    for word in make_words(6000):
-        others = [letter for letter in word if letter != word[-1]]
-        if others:
-            answers = {"chosen": word[-1], "rejected": others[0]}
-            row = {side: [{"role": "assistant", "content": letter}] for side, letter in answers.items()}
-            rows.append({"prompt": [{"role": "user", "content": word}], **row})
+    for word in make_words(3000):
+        right, wrong = ("yes", "no") if "b" in word else ("no", "yes")
+        answers = {
+            "chosen": [{"role": "assistant", "content": right}],
+            "rejected": [{"role": "assistant", "content": wrong}],
+        }
+        rows.append({"prompt": [{"role": "user", "content": word}], **answers})
     return rows
 
 
