@@ -11,29 +11,29 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from .counting import count_merged_prompts, iter_tables, note_on_stop_token
-from .dataset_steps import check_dataset, check_not_empty, map_description, read_options, resolve_eos_token
+from .answer_tokenization import MERGED, AnswerTokenizer
+from .counting import count_merged_prompts, iter_tables
+from .dataset_steps import check_dataset, check_not_empty, map_description, read_options
 from .fingerprints import fingerprint_processing_class, fingerprint_step
 from .formats import (
     IMPLICIT_PREFERENCE,
     PREFERENCE,
     UNPAIRED_PREFERENCE,
-    DatasetFormatError,
     Shape,
     check_columns,
     check_rows,
 )
-from .pair_checks import PairChecker, check_labels, check_margins, check_token_lists, is_empty_answer
-from .pair_report import CutAnswers, PairReport
+from .pair_checks import PairChecker, check_labels, check_margins
+from .pair_counting import PAIR, UNPAIRED, PairTask, count_and_drop
+from .pair_report import PairReport
 from .template_rendering import resolve_chat_template
-from .templating import extract_prompt
-from .token_lists import TokenLists, check_truncation
+from .token_lists import check_truncation
 from .tokenization import RowTokenizer, get_tokenizer
 from .unpairing import add_kl_completions, unpair_tokenized
 
@@ -42,12 +42,9 @@ if TYPE_CHECKING:
 
 AnyDataset = Dataset | IterableDataset
 
-PAIR, UNPAIRED = ("chosen", "rejected"), ("completion",)
-
 _TOKENIZED_PAIR = Shape("tokenized preference", ("prompt_ids", "chosen_ids", "rejected_ids"))
 _TOKENIZED_WHOLE_PAIR = Shape("tokenized preference", ("chosen_ids", "rejected_ids"))
 _TOKENIZED_UNPAIRED = Shape("tokenized unpaired preference", ("prompt_ids", "completion_ids", "label"))
-_MERGED = "prompt_tokens_merged"
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,9 @@ def prepare_preference_dataset(
         [PREFERENCE, IMPLICIT_PREFERENCE, _TOKENIZED_PAIR],
         "Preference training",
         f"{name} dataset",
-        _n(dataset),
+        _number_of_rows(dataset),
     )
-    task = _Task(name, PAIR, options, tokenizer=get_tokenizer(processing_class))
+    task = PairTask(name, PAIR, options, tokenizer=get_tokenizer(processing_class))
     return _prepare(dataset, first, processing_class, task)
 
 
@@ -168,9 +165,13 @@ def prepare_reward_dataset(
     dataset = _rename_legacy_columns(check_dataset(dataset, name), name)
     first = check_not_empty(dataset, name)
     check_columns(
-        first, [IMPLICIT_PREFERENCE, _TOKENIZED_WHOLE_PAIR], "Reward modeling", f"{name} dataset", _n(dataset)
+        first,
+        [IMPLICIT_PREFERENCE, _TOKENIZED_WHOLE_PAIR],
+        "Reward modeling",
+        f"{name} dataset",
+        _number_of_rows(dataset),
     )
-    task = _Task(name, PAIR, options, tokenizer=get_tokenizer(processing_class), whole=True)
+    task = PairTask(name, PAIR, options, tokenizer=get_tokenizer(processing_class), whole=True)
     return _prepare(dataset, first, processing_class, task)
 
 
@@ -212,10 +213,10 @@ def prepare_unpaired_dataset(
         [_TOKENIZED_UNPAIRED, _TOKENIZED_PAIR, UNPAIRED_PREFERENCE, PREFERENCE, IMPLICIT_PREFERENCE],
         "Unpaired preference training",
         f"{name} dataset",
-        _n(dataset),
+        _number_of_rows(dataset),
     )
     paired = shape not in (_TOKENIZED_UNPAIRED, UNPAIRED_PREFERENCE)
-    task = _Task(name, PAIR if paired else UNPAIRED, options, tokenizer=get_tokenizer(processing_class))
+    task = PairTask(name, PAIR if paired else UNPAIRED, options, tokenizer=get_tokenizer(processing_class))
     dataset, report = _prepare(dataset, first, processing_class, task)
     if isinstance(dataset, Dataset) and not len(dataset):
         return dataset, report
@@ -234,40 +235,11 @@ def prepare_unpaired_dataset(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is prepared: the columns of answers, and whether each holds its prompt (`whole`)."""
-
-    name: str
-    answers: tuple[str, ...]
-    options: PreferenceOptions
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    whole: bool = False
-
-    @property
-    def token_columns(self) -> list[str]:
-        columns = [f"{answer}_ids" for answer in self.answers]
-        return columns if self.whole else ["prompt_ids", *columns]
-
-    @property
-    def eos_token(self) -> str | None:
-        return resolve_eos_token(self.tokenizer, self.options.eos_token)
-
-    def cut(self, columns: Mapping[str, Any], indices: Sequence[int]) -> CutAnswers:
-        """The token columns of some rows, checked, as the collator will cut them."""
-        lists = {
-            column: TokenLists.from_arrow(check_token_lists(columns.get(column), column, indices, self.name))
-            for column in self.token_columns
-        }
-        answers = {answer: lists[f"{answer}_ids"] for answer in self.answers}
-        return CutAnswers(lists.get("prompt_ids"), answers, self.options.max_length, self.options.truncation_mode)
-
-
 def _prepare(
     dataset: AnyDataset,
     first: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    task: _Task,
+    task: PairTask,
 ) -> tuple[AnyDataset, PairReport]:
     report = PairReport(name=task.name, max_length=task.options.max_length)
     tokenized = set(task.token_columns) <= set(first)
@@ -279,10 +251,10 @@ def _prepare(
     if answers is not None:
         _check_kinds(dataset, task, answers.checker, report)
         dataset = _tokenize(dataset, answers, task, report)
-    return _count_and_drop(dataset, task, report), report
+    return count_and_drop(dataset, task, report), report
 
 
-def _n(dataset: AnyDataset) -> int | None:
+def _number_of_rows(dataset: AnyDataset) -> int | None:
     return len(dataset) if isinstance(dataset, Dataset) else None
 
 
@@ -306,7 +278,7 @@ def _rename_legacy_columns(dataset: AnyDataset, name: str) -> AnyDataset:
 
 
 def _tokenizer_for(
-    first: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, task: _Task
+    first: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, task: PairTask
 ) -> AnswerTokenizer:
     conversational = isinstance(first[task.answers[0]], (list, tuple, Mapping))
     template = resolve_chat_template(processing_class) if conversational else ""
@@ -321,7 +293,7 @@ def _tokenizer_for(
     )
 
 
-def _check_numbers(dataset: Dataset, task: _Task) -> Dataset:
+def _check_numbers(dataset: Dataset, task: PairTask) -> Dataset:
     """Labels and margins, which say nothing where they are no numbers; labels become booleans."""
     if task.answers == UNPAIRED:
         for values, indices in _iter_values(dataset, "label"):
@@ -343,7 +315,7 @@ def _iter_values(dataset: Dataset, column: str) -> Iterator[tuple[list, range]]:
         first_row += len(values)
 
 
-def _check_kinds(dataset: Dataset, task: _Task, checker: PairChecker, report: PairReport) -> None:
+def _check_kinds(dataset: Dataset, task: PairTask, checker: PairChecker, report: PairReport) -> None:
     """Missing and mixed values of whole columns, found in Arrow before anything is tokenized; and unknown roles."""
     columns = [column for column in ("prompt", *task.answers) if column in dataset.column_names]
     shape = Shape("preference", tuple(columns))
@@ -359,126 +331,17 @@ def _check_kinds(dataset: Dataset, task: _Task, checker: PairChecker, report: Pa
         )
 
 
-@dataclass(frozen=True)
-class AnswerTokenizer:
-    """
-    Tokenizes batches of prompts and their answers; what is mapped over a dataset of preferences.
-
-    Args:
-        row_tokenizer ([`~trl.data.tokenization.RowTokenizer`]):
-            Knows tokenizer and end-of-sequence token.
-        checker ([`~trl.data.pair_checks.PairChecker`]):
-            Looks at the rows first.
-        answers (`tuple[str, ...]`):
-            Columns of answers.
-        has_prompt (`bool`):
-            Whether there is a column `prompt`; otherwise it is what both answers begin with.
-        whole (`bool`):
-            Tokenize prompt and answer as one.
-    """
-
-    row_tokenizer: RowTokenizer
-    checker: PairChecker
-    answers: tuple[str, ...]
-    has_prompt: bool
-    whole: bool = False
-
-    @property
-    def finds_prompt(self) -> bool:
-        """Whether the columns `prompt`, `chosen` and `rejected` are rewritten."""
-        return not self.has_prompt and not self.whole
-
-    def __call__(self, rows: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        """
-        Args:
-            rows (`Mapping[str, list]`):
-                Columns of a batch.
-            indices (`Sequence[int]`):
-                Numbers of the rows in their dataset, for errors.
-
-        Returns:
-            `dict[str, list]`: the token columns, empty lists where an answer is empty; `prompt_tokens_merged` where
-            prompts are kept apart; and `prompt`, `chosen` and `rejected` where the prompt had to be found.
-
-        Raises:
-            `DatasetFormatError`: a row is not as it must be, or the chat template cannot render it.
-        """
-        self.checker.check(rows, indices)
-        split = self._split_prompts(rows)
-        usable = [
-            number
-            for number, answers in enumerate(zip(*(split[answer] for answer in self.answers), strict=True))
-            if not any(map(is_empty_answer, answers))
-        ]
-        for number in usable:
-            prompt = split["prompt"][number] if "prompt" in split and not self.whole else None
-            answers = {answer: split[answer][number] for answer in self.answers}
-            self.checker.check_answers(indices[number], prompt, answers)
-        # A reward model reads whole sequences: what was split off to look at it is left where it was.
-        source = rows if self.whole else {**rows, **split}
-        chosen_rows = {column: [values[number] for number in usable] for column, values in source.items()}
-        encoded = self._encode(chosen_rows, [indices[number] for number in usable])
-        output = {
-            column: _scatter(values, usable, len(indices), 0 if column == _MERGED else [])
-            for column, values in encoded.items()
-        }
-        return {**output, **split} if self.finds_prompt else output
-
-    def _split_prompts(self, rows: Mapping[str, list]) -> dict[str, list]:
-        if self.has_prompt or len(self.answers) == 1:
-            return {column: rows[column] for column in ("prompt", *self.answers)}
-        pairs = zip(*(rows[answer] for answer in self.answers), strict=True)
-        split = [extract_prompt({"chosen": chosen, "rejected": rejected}) for chosen, rejected in pairs]
-        return {column: [example[column] for example in split] for column in ("prompt", *self.answers)}
-
-    def _encode(self, rows: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        conversational = self.checker.conversational
-        try:
-            if self.whole:
-                return {
-                    f"{answer}_ids": self.row_tokenizer.encode_whole(rows, indices, answer, conversational)[
-                        "input_ids"
-                    ]
-                    for answer in self.answers
-                }
-            boundaries, merged, wholes = self.row_tokenizer.continue_prompts(
-                rows, indices, self.answers, conversational
-            )
-        except ValueError:
-            raise  # says itself what is wrong, and in which row
-        except Exception as error:
-            raise DatasetFormatError(
-                f"The {self.checker.name} dataset: the chat template cannot render a conversation: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        starts = list(zip(boundaries, *(whole["input_ids"] for whole in wholes), strict=True))
-        columns = {"prompt_ids": [ids[:start] for start, ids, *_ in starts], _MERGED: merged}
-        for number, answer in enumerate(self.answers, start=1):
-            columns[f"{answer}_ids"] = [row[number][row[0] :] for row in starts]
-        return columns
-
-
-def _scatter(values: list, places: list[int], n_rows: int, nothing: Any) -> list:
-    """The values at their places among `n_rows`, and `nothing` elsewhere."""
-    if len(places) == n_rows:
-        return values
-    spread = [nothing] * n_rows
-    for place, value in zip(places, values, strict=True):
-        spread[place] = value
-    return spread
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Map-style datasets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _tokenize(dataset: Dataset, answers: AnswerTokenizer, task: _Task, report: PairReport) -> Dataset:
+def _tokenize(dataset: Dataset, answers: AnswerTokenizer, task: PairTask, report: PairReport) -> Dataset:
     content = fingerprint_processing_class(answers.row_tokenizer.processing_class)
     settings = [task.eos_token, list(task.answers), answers.has_prompt, task.whole]
     features = {**dataset.features, **{column: List(Value("int32")) for column in task.token_columns}}
     if not task.whole:
-        features[_MERGED] = Value("int32")
+        features[MERGED] = Value("int32")
     if answers.finds_prompt:
         features["prompt"] = dataset.features["chosen"]
     dataset = dataset.map(
@@ -490,114 +353,11 @@ def _tokenize(dataset: Dataset, answers: AnswerTokenizer, task: _Task, report: P
         **map_description(dataset, "Tokenizing", task.options.num_proc),
     )
     if not task.whole:
-        tables = iter_tables(dataset, [_MERGED])
-        merged = np.concatenate([table[_MERGED].to_numpy() for _, table in tables])
+        tables = iter_tables(dataset, [MERGED])
+        merged = np.concatenate([table[MERGED].to_numpy() for _, table in tables])
         count_merged_prompts(np.flatnonzero(merged), report)
-        dataset = dataset.remove_columns(_MERGED)
+        dataset = dataset.remove_columns(MERGED)
     return dataset
-
-
-def _count_and_drop(dataset: Dataset, task: _Task, report: PairReport) -> Dataset:
-    """Count what each row is worth, and leave out those that are worth nothing."""
-    stop_id = task.tokenizer.convert_tokens_to_ids(task.eos_token) if task.eos_token else None
-    counts: list[dict[str, np.ndarray]] = []
-    lost: list[dict[str, np.ndarray]] = []
-    for first_row, table in iter_tables(dataset, task.token_columns):
-        columns = {column: table[column] for column in task.token_columns}
-        cut = task.cut(columns, range(first_row, first_row + len(table)))
-        lost.append(cut.lost())
-        counts.append(_measure(cut, stop_id))
-    masks = {reason: np.concatenate([batch[reason] for batch in lost]) for reason in lost[0]}
-    measured = {key: np.concatenate([batch[key] for batch in counts]) for key in counts[0]}
-    kept = ~np.any(list(masks.values()), axis=0)
-    report.rows_in, report.rows_kept = len(dataset), int(kept.sum())
-    for reason, mask in masks.items():
-        report.drop(reason, np.flatnonzero(mask))
-    if not kept.all():
-        rows = np.flatnonzero(kept)
-        dataset = dataset.select(rows, new_fingerprint=fingerprint_step(dataset, "drop", _digest(kept)))
-    if kept.any():
-        _summarize({key: values[kept] for key, values in measured.items()}, dataset, task, report)
-    return dataset
-
-
-def _digest(kept: np.ndarray) -> str:
-    """Which rows are kept, in a short text."""
-    return np.packbits(kept).tobytes().hex()
-
-
-def _measure(cut: CutAnswers, stop_id: int | None) -> dict[str, np.ndarray]:
-    """Numbers of each row, by what they count."""
-    cut_lengths = cut.cut_lengths()
-    measured = {answer: lists.lengths for answer, lists in cut.answers.items()}
-    measured |= {f"cut {answer}": lengths for answer, lengths in zip(cut.answers, cut_lengths, strict=True)}
-    if cut.prompts is not None:
-        measured["prompt"] = cut.prompts.lengths
-        room = [np.inf if cut.max_length is None else cut.max_length - lengths for lengths in cut_lengths]
-        measured["prompt tokens"] = sum(np.minimum(cut.prompts.lengths, tokens) for tokens in room)
-        preferred = (answers[0] for answers in cut.cut_answers(cut_lengths))
-        n_rows = len(cut.prompts.lengths)
-        measured["stops"] = np.fromiter((stop_id is not None and stop_id in ids for ids in preferred), bool, n_rows)
-    else:
-        chosen, rejected = (lists.to_arrays() for lists in cut.answers.values())
-        shared = (_shared_tokens(*pair) for pair in zip(chosen, rejected, strict=True))
-        measured["prompt tokens"] = 2 * np.fromiter(shared, np.int64, len(chosen))
-    return measured
-
-
-def _shared_tokens(ids: np.ndarray, other_ids: np.ndarray) -> int:
-    shorter = min(len(ids), len(other_ids))
-    different = np.flatnonzero(ids[:shorter] != other_ids[:shorter])
-    return int(different[0]) if len(different) else shorter
-
-
-def _summarize(measured: Mapping[str, np.ndarray], dataset: Dataset, task: _Task, report: PairReport) -> None:
-    """What the rows that are kept have in common, into the report."""
-    for column in ("prompt", *task.answers):
-        if column in measured:
-            report.lengths[column] = (float(np.median(measured[column])), int(measured[column].max()))
-    cut = sum(measured[f"cut {answer}"].sum() for answer in task.answers)
-    truncated = np.any([measured[answer] > measured[f"cut {answer}"] for answer in task.answers], axis=0)
-    report.rows_truncated = int(truncated.sum())
-    prompts = int(measured["prompt tokens"].sum())
-    total = int(cut) if task.whole else int(cut) + prompts
-    report.prompt_share = prompts / total if total else None
-    if len(task.answers) == 2:
-        report.chosen_longer_share = float((measured["chosen"] > measured["rejected"]).mean())
-        report.rejected_longer_share = float((measured["rejected"] > measured["chosen"]).mean())
-        report.note_length_bias()
-    labels = None
-    if task.answers == UNPAIRED:
-        labels = np.concatenate([table["label"].to_numpy() for _, table in iter_tables(dataset, ["label"])])
-        report.desirable, report.undesirable = int(labels.sum()), int((~labels).sum())
-        report.note_classes()
-    if not task.whole:
-        _note_on_prompts_and_stops(measured, truncated, labels, dataset, task, report)
-
-
-def _note_on_prompts_and_stops(
-    measured: Mapping[str, np.ndarray],
-    truncated: np.ndarray,
-    labels: np.ndarray | None,
-    dataset: Dataset,
-    task: _Task,
-    report: PairReport,
-) -> None:
-    empty = int((measured["prompt"] == 0).sum())
-    if empty:
-        report.notes.append(
-            f"{empty:,} rows have no prompt token, so the first token of their answers has nothing to be predicted "
-            "from and does not count."
-        )
-    preferred = np.ones(len(truncated), bool) if labels is None else labels
-    if not preferred.any():
-        return
-    report.stop_tokens = [task.eos_token] if task.eos_token else []
-    report.stop_token_share = float(measured["stops"][preferred].mean()) if task.eos_token else None
-    whole = preferred & ~truncated
-    if whole.any() and measured["stops"][whole].mean() < 0.5:
-        rows = dataset.select(np.flatnonzero(whole)[:1000])
-        report.notes.append(note_on_stop_token(rows[f"{task.answers[0]}_ids"], task.tokenizer, task.eos_token))
 
 
 def _note_on_last_block(dataset: AnyDataset, block_size: int, report: PairReport) -> None:
@@ -614,7 +374,7 @@ def _note_on_last_block(dataset: AnyDataset, block_size: int, report: PairReport
 
 
 def _prepare_stream(
-    dataset: IterableDataset, answers: AnswerTokenizer | None, task: _Task, report: PairReport
+    dataset: IterableDataset, answers: AnswerTokenizer | None, task: PairTask, report: PairReport
 ) -> IterableDataset:
     steps = {"task": task, "report": report}
     dataset = dataset.map(
@@ -627,7 +387,7 @@ def _prepare_stream_batch(
     rows: Mapping[str, list],
     indices: Sequence[int],
     answers: AnswerTokenizer | None,
-    task: _Task,
+    task: PairTask,
     report: PairReport,
 ) -> dict[str, list]:
     output: dict[str, list] = {}
@@ -637,12 +397,14 @@ def _prepare_stream_batch(
         check_margins(rows["margin"], indices, task.name)
     if answers is not None:
         output |= answers(rows, indices)
-        if _MERGED in output:
-            count_merged_prompts(np.asarray(indices)[np.flatnonzero(output.pop(_MERGED))], report)
+        if MERGED in output:
+            count_merged_prompts(np.asarray(indices)[np.flatnonzero(output.pop(MERGED))], report)
     return output
 
 
-def _keep_in_stream(rows: Mapping[str, list], indices: Sequence[int], task: _Task, report: PairReport) -> list[bool]:
+def _keep_in_stream(
+    rows: Mapping[str, list], indices: Sequence[int], task: PairTask, report: PairReport
+) -> list[bool]:
     lost = task.cut(rows, indices).lost()
     report.count_batch(indices, lost)
     return (~np.any(list(lost.values()), axis=0)).tolist()
