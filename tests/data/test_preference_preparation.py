@@ -95,6 +95,7 @@ def test_both_answers_begin_at_the_shorter_boundary(tokenizer, caplog):
     assert tokenizer.decode(row["chosen_ids"]) == " sky is blue<|im_end|>"
     assert tokenizer.decode(row["rejected_ids"]) == " sk 12<|im_end|>"
     assert report.prompts_merged.rows == [0]
+    assert "1 end within a token (row 0)" in report.render()
     assert len([record for record in caplog.records if "beginning of prompt and completion" in record.message]) == 1
 
 
@@ -214,6 +215,13 @@ def test_each_reason_is_counted_apart(tokenizer):
         assert report.rows_in == 5
     text = report.render()
     assert all(reason in text for reason in drops(report))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_prompt_needs_room_for_one_token(kind, word_tokenizer):
+    for max_length, expected in ((3, {PROMPT_FILLS: [0]}), (4, {})):
+        _, report = prepare(kind, [pair("a b c", " d", " e")], word_tokenizer, max_length=max_length)
+        assert drops(report) == expected
 
 
 def test_keep_end_keeps_long_prompts(tokenizer):
@@ -452,6 +460,15 @@ def test_a_missing_class_is_remarked_on(label, missing, tokenizer):
     rows = [{"prompt": "the", "completion": " sky", "label": label}] * 2
     _, report = prepare("kto", rows, tokenizer)
     assert any(f"no {missing} answer" in note for note in report.notes)
+
+
+def test_sorted_labels_are_remarked_on(word_tokenizer):
+    """KTO trains rows in their order, so that a short run over sorted rows sees one label only."""
+    rows = [{"prompt": "a", "completion": " b", "label": i < 80} for i in range(160)]
+    _, report = prepare("kto", rows, word_tokenizer)
+    assert any("80 rows in a row have the same label" in note for note in report.notes)
+    _, report = prepare("kto", Dataset.from_list(rows).shuffle(seed=0), word_tokenizer)
+    assert not report.notes
 
 
 def test_exchanged_answers_that_are_given_stay(tokenizer):

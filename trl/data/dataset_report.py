@@ -136,6 +136,9 @@ class DatasetReport:
             lines.append(("  kept", f"{self.rows_kept:,}"))
         for reason, dropped in self.dropped.items():
             lines.append(("  dropped", f"{dropped.count:,} — {reason} ({describe_rows_of(dropped)})"))
+        if self.prompts_merged.count:
+            merged = self.prompts_merged
+            lines.append(("merged prompts", f"{merged.count:,} end within a token ({describe_rows_of(merged)})"))
         return lines
 
     def render(self) -> str:

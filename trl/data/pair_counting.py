@@ -140,8 +140,7 @@ def _summarize(measured: Mapping[str, np.ndarray], dataset: Dataset, task: PairT
     labels = None
     if task.answers == UNPAIRED:
         labels = np.concatenate([table["label"].to_numpy() for _, table in iter_tables(dataset, ["label"])])
-        report.desirable, report.undesirable = int(labels.sum()), int((~labels).sum())
-        report.note_classes()
+        report.note_classes(labels)
     if not task.whole:
         _note_on_prompts_and_stops(measured, truncated, labels, dataset, task, report)
 

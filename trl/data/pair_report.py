@@ -23,6 +23,8 @@ TOO_LONG = "longer than max_length"
 
 # Shares of pairs from which on the answers' lengths alone tell the better one too well.
 _BIASED_SHARE, _BIASED_PAIRS = 0.75, 20
+# So many rows of one label without a break do not come by chance.
+_SORTED_SHARE, _SORTED_ROWS = 0.1, 64
 
 
 @dataclass
@@ -112,8 +114,22 @@ class PairReport(DatasetReport):
                     "instead of what was meant. Balance the data, or use a loss that weighs length out."
                 )
 
-    def note_classes(self) -> None:
-        """Remark on unpaired data of one label only."""
+    def note_classes(self, labels: np.ndarray) -> None:
+        """
+        Count unpaired data by label; remark on a label that is missing, and on rows that are sorted by it.
+
+        Args:
+            labels (`np.ndarray`):
+                Booleans `[rows]`, in the order of training.
+        """
+        self.desirable, self.undesirable = int(labels.sum()), int((~labels).sum())
+        starts = np.concatenate([[0], np.flatnonzero(labels[1:] != labels[:-1]) + 1, [len(labels)]])
+        longest = int(np.diff(starts).max())
+        if self.desirable and self.undesirable and longest >= max(_SORTED_ROWS, _SORTED_SHARE * len(labels)):
+            self.notes.append(
+                f"{longest:,} rows in a row have the same label, and rows are trained in their order: shuffle the "
+                "dataset first, dataset.shuffle(seed=42)."
+            )
         missing = "desirable" if not self.desirable else "undesirable" if not self.undesirable else None
         if missing and self.rows_kept:
             value = missing == "desirable"
