@@ -241,6 +241,8 @@ def test_answers_without_a_token_to_predict(tokenizer):
     kept, report = prepare("dpo", rows, tokenizer)
     assert kept == rows[1:]
     assert drops(report) == {NOTHING_SCORED: [0]}
+    _, report = prepare("dpo", rows[1:], tokenizer, max_length=1, truncation_mode="keep_end")
+    assert drops(report) == {NOTHING_SCORED: [0]}
 
 
 def test_reward_rows_are_never_cut(word_tokenizer):
