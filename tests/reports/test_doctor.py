@@ -293,6 +293,7 @@ def test_accuracy_is_given_time(caplog):
     """A tenth of the run, and all of it after the warm-up."""
     assert accuracies(Run(caplog, max_steps=4000, **DPO), coin(80, 640), start=10)[0] == 400
     assert accuracies(Run(caplog, max_steps=1000, warmup_steps=300, **DPO), coin(80, 640), start=10)[0] == 500
+    assert accuracies(Run(caplog, max_steps=4000, warmup_steps=295, **DPO), coin(80, 640), start=10)[0] == 700
     assert accuracies(Run(caplog, max_steps=150, **DPO), coin(150, 640), every=1)[0] == 100
     assert accuracies(Run(caplog, max_steps=90, **DPO), coin(90, 640), every=1) is None
 
