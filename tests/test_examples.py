@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trl
 from trl import SFTConfig, SFTTrainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -94,7 +95,7 @@ def test_demo_runs(tmp_path, monkeypatch, capsys):
     demo = load_script("demo/demo.py", monkeypatch)
     output = tmp_path / "out"
     arguments = {"output_dir": output, "train_rows": 64, "held_out_rows": 8, "steps": 2}
-    result = demo.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
+    result = demo.main(as_flags(arguments))
     assert result["before"].keys() == result["after"].keys() == {"sort", "reverse", "count", "add", "all"}
     assert (output / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -116,12 +117,38 @@ def test_demo_learns_in_three_minutes(tmp_path, monkeypatch):
     assert result["after"]["all"] > 0.6
 
 
-# ---- The minimal twin ----
+# ---- The minimal twins ----
 
 
 @pytest.fixture
 def minimal(monkeypatch):
     return load_script("minimal/sft.py", monkeypatch)
+
+
+def as_flags(options: dict) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def quiet_run(output_dir: Path, batch_size: int, accumulation: int) -> dict:
+    """Settings of a trainer as the minimal scripts train: two epochs in float32, every step logged."""
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 2,
+        "seed": 3,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def logged_losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def make_chats(count: int) -> list[dict]:
@@ -175,30 +202,16 @@ def test_minimal_gives_the_trainers_losses(
         "seed": 3,
         **shared,
     }
-    result = minimal.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    result = minimal.main(as_flags(options))
 
     trainer = SFTTrainer(
         model=model_path,
-        args=SFTConfig(
-            output_dir=str(tmp_path / "trainer"),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            num_train_epochs=2,
-            seed=3,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            logging_steps=1,
-            save_strategy="no",
-            disable_tqdm=True,
-            **shared,
-            **settings,
-        ),
+        args=SFTConfig(**quiet_run(tmp_path / "trainer", batch_size, accumulation), **shared, **settings),
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out),
     )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged_losses(trainer)
     assert len(losses) == 2 * -(-14 // (batch_size * accumulation))
     assert result["losses"] == pytest.approx(losses, abs=1e-5)
     assert losses[-1] < losses[0] - 0.3
@@ -233,6 +246,70 @@ def test_minimal_masks_everything_but_the_assistant(minimal, monkeypatch):
     assert tokenizer.decode(ids) == "u:ab</s>a:ba</s>u:cd</s>a:dc</s>"
     assert tokenizer.decode([label for label in labels if label != -100]) == "ba</s>dc</s>"
     assert minimal.encode(tokenizer, row, max_length=5) == (ids[:5], [-100] * 5)
+
+
+def make_preferences(method: str, count: int) -> list[dict]:
+    """Of the sorted list and the list as it was, the first is better; for KTO one of them, with its label."""
+    rows = []
+    for number, chat in enumerate(make_chats(count)):
+        question = chat["prompt"][0]["content"]
+        worse = [{"role": "assistant", "content": question.removeprefix("sort the list ") + ", and so on"}]
+        if method == "dpo":
+            rows.append({"prompt": chat["prompt"], "chosen": chat["completion"], "rejected": worse})
+        else:
+            liked = number % 3 != 0
+            rows.append(
+                {"prompt": chat["prompt"], "completion": chat["completion"] if liked else worse, "label": liked}
+            )
+    return rows
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_minimal_preference_scripts_give_the_trainers_losses(
+    tmp_path, monkeypatch, tiny_model_path, method, batch_size, accumulation
+):
+    """14 rows: the last step of an epoch, and its last micro-batch, are shorter. Some rows are cut at `max_length`."""
+    minimal = load_script(f"minimal/{method}.py", monkeypatch)
+    rows = make_preferences(method, 19)
+    train_rows, held_out = rows[:14], rows[14:]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {"learning_rate": 1e-2, "max_length": 72, "weight_decay": 0.1, "warmup_steps": 2, "beta": 0.2}
+    if method == "kto":
+        shared |= {"desirable_weight": 0.6, "undesirable_weight": 1.2}
+    options = {"model": tiny_model_path, "data": data, "output": tmp_path / "minimal", "eval_rows": len(held_out)}
+    settings = {"batch_size": batch_size, "accumulation": accumulation, "epochs": 2, "seed": 3}
+    result = minimal.main(as_flags({**options, **settings, **shared}))
+
+    config, trainer_class = getattr(trl, f"{method.upper()}Config"), getattr(trl, f"{method.upper()}Trainer")
+    trainer = trainer_class(
+        model=tiny_model_path,
+        args=config(**quiet_run(tmp_path / "trainer", batch_size, accumulation), **shared),
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(held_out),
+    )
+    trainer.train()
+    losses = logged_losses(trainer)
+    assert len(losses) == 2 * -(-14 // (batch_size * accumulation))
+    assert result["losses"] == pytest.approx(losses, abs=1e-5)
+    assert min(losses[2:]) < losses[0] - 0.05
+    evaluation = trainer.evaluate()
+    assert result["eval_loss"] == pytest.approx(evaluation["eval_loss"], abs=1e-4)
+    metric = {"dpo": ("eval_accuracy", "eval_rewards/accuracies"), "kto": ("eval_margin", "eval_rewards/margins")}
+    ours, theirs = metric[method]
+    assert result[ours] == pytest.approx(evaluation[theirs], abs=1e-3)
+
+
+@pytest.mark.parametrize(("method", "metric", "least"), [("dpo", "eval_accuracy", 0.9), ("kto", "eval_margin", 1.0)])
+def test_minimal_preference_standins_learn(tmp_path, monkeypatch, method, metric, least):
+    monkeypatch.chdir(tmp_path)
+    minimal = load_script(f"minimal/{method}.py", monkeypatch)
+    rows = minimal.make_standin_rows
+    monkeypatch.setattr(minimal, "make_standin_rows", lambda: rows()[:700])
+    result = minimal.main(["--learning_rate", "2e-3", "--output", "trained"])
+    assert result[metric] > least
+    assert AutoModelForCausalLM.from_pretrained("trained").num_parameters() < 3_000_000
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "minimal").glob("*.py")))

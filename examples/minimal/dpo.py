@@ -19,15 +19,14 @@ from torch.nn.functional import logsigmoid
 
 
 def make_standin_rows() -> list[dict]:
-    """Of a word spelled backwards and the word itself, the first is preferred."""
+    """Of a word in capitals and the word spelled backwards, the first is preferred."""
     return [
         {
             "prompt": [{"role": "user", "content": word}],
-            "chosen": [{"role": "assistant", "content": word[::-1]}],
-            "rejected": [{"role": "assistant", "content": word}],
+            "chosen": [{"role": "assistant", "content": word.upper()}],
+            "rejected": [{"role": "assistant", "content": word[::-1]}],
         }
         for word in make_words(3000)
-        if word != word[::-1]
     ]
 
 

@@ -36,7 +36,7 @@ def encode(tokenizer, row: dict) -> dict:
 
 
 def mismatch(examples: list[dict], block: int) -> list[dict]:
-    """Give each row also the answer of the row before it, within blocks of a micro-batch (the first gets the last's)."""
+    """Give each row also the answer of the row before it, within blocks of a step (the first gets the last's)."""
     mismatched = []
     for start in range(0, len(examples), block):
         rows = examples[start : start + block]
@@ -55,13 +55,21 @@ def log_ratios(model, reference, sequences, args: argparse.Namespace, pad_token_
     return answer_logps(model, *batch) - reference_logps_B
 
 
-def loss_sum(model, reference, rows: list[dict], args: argparse.Namespace, pad_token_id: int):
+@torch.no_grad()
+def estimate_kl(model, reference, rows: list[dict], args: argparse.Namespace, pad_token_id: int) -> torch.Tensor:
+    """
+    How far the policy has moved from the reference at large: the mean log-ratio of answers to other prompts, at
+    least 0. It is the zero point of gain and loss, and carries no gradient.
+    """
+    total = 0.0
+    for start in range(0, len(rows), args.batch_size):
+        others = [(row["prompt"], row["other"]) for row in rows[start : start + args.batch_size]]
+        total += log_ratios(model, reference, others, args, pad_token_id).sum()
+    return (total / len(rows)).clamp(min=0)
+
+
+def loss_sum(model, reference, rows: list[dict], kl: torch.Tensor, args: argparse.Namespace, pad_token_id: int):
     """The loss of a batch, summed over its rows, and their rewards [B]."""
-    # How far the policy has moved from the reference at large, estimated on answers that belong to other prompts. It
-    # is the zero point of gain and loss, and carries no gradient.
-    with torch.no_grad():
-        others = [(row["prompt"], row["other"]) for row in rows]
-        kl = log_ratios(model, reference, others, args, pad_token_id).mean().clamp(min=0)
     ratios_B = log_ratios(model, reference, [(row["prompt"], row["answer"]) for row in rows], args, pad_token_id)
     liked_B = torch.tensor([row["label"] for row in rows], device=ratios_B.device)
     gains_B = torch.where(liked_B, ratios_B - kl, kl - ratios_B)
@@ -82,9 +90,9 @@ def evaluate(model, reference, rows: list[dict], args: argparse.Namespace, pad_t
     model.eval()
     loss, rewards = 0.0, []
     for start in range(0, len(rows), args.batch_size):
-        batch_loss, batch_rewards = loss_sum(
-            model, reference, rows[start : start + args.batch_size], args, pad_token_id
-        )
+        batch = rows[start : start + args.batch_size]
+        kl = estimate_kl(model, reference, batch, args, pad_token_id)
+        batch_loss, batch_rewards = loss_sum(model, reference, batch, kl, args, pad_token_id)
         loss += batch_loss.item()
         rewards.append(batch_rewards)
     return {"eval_loss": loss / len(rows), "eval_margin": margin_of(torch.cat(rewards), rows)}
@@ -101,9 +109,10 @@ def train(model, reference, rows: list[dict], args: argparse.Namespace, pad_toke
     model.train()
     for numbers in steps:
         step_loss = 0.0
+        kl = estimate_kl(model, reference, [rows[i] for i in numbers], args, pad_token_id)  # of the whole step
         for first in range(0, len(numbers), args.batch_size):
             batch = [rows[i] for i in numbers[first : first + args.batch_size]]
-            batch_loss, rewards = loss_sum(model, reference, batch, args, pad_token_id)
+            batch_loss, rewards = loss_sum(model, reference, batch, kl, args, pad_token_id)
             loss = batch_loss / len(numbers)
             loss.backward()
             step_loss += loss.item()
@@ -126,7 +135,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     examples = [encode(tokenizer, row) for row in rows]
     examples = [row for row in examples if len(row["prompt"]) < args.max_length]  # else no answer is left
-    examples, held_out = (mismatch(part, args.batch_size) for part in split_off(examples, args.eval_rows))
+    rows_per_step = args.batch_size * args.accumulation
+    examples, held_out = (mismatch(part, rows_per_step) for part in split_off(examples, args.eval_rows))
     liked = sum(row["label"] for row in examples)
     print(f"{len(examples)} rows to train on, {liked} of them liked; {len(held_out)} held out")
 
