@@ -18,13 +18,15 @@ from trl.ops.scoring import score_tokens
 def _batch(seed):
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(4, 512, (2, 10), generator=generator)
+    input_ids[1, :3] = input_ids[0, :3]
     labels = input_ids.clone()
     labels[:, :3] = -100
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
-def _loss(model, seed, objective):
-    scores = score_tokens(model, _batch(seed), objective=objective, chunk_size=4)
+def _loss(model, seed, objective, layout="padded"):
+    groups = torch.zeros(2, dtype=torch.long)
+    scores = score_tokens(model, _batch(seed), objective=objective, chunk_size=4, layout=layout, groups=groups)
     return -scores.logps.sum() if objective is None else scores.loss_sum
 
 
@@ -49,12 +51,12 @@ def _compare(rank, port):
     for tied, kind in [
         (False, "ddp"), (True, "ddp"), (False, "fsdp2"), (True, "fsdp2"), (False, "fsdp2, head apart")
     ]:  # fmt: skip
-        for objective in (nll, None):
+        for objective, layout in ((nll, "padded"), (None, "padded"), (None, "shared_prefix")):
             alone = build_model(tie_word_embeddings=tied)
             (sum(_loss(alone, seed, objective) for seed in range(2)) / 2).backward()
             model = build_model(tie_word_embeddings=tied)
             wrapped = _wrap(kind, model)  # DDP reduces as long as it lives
-            _loss(wrapped, rank, objective).backward()
+            _loss(wrapped, rank, objective, layout).backward()
             expected = dict(alone.named_parameters())
             for name, parameter in model.named_parameters():
                 grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
