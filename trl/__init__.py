@@ -40,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         "trl.models": [],
         "trl.models.utils": ["create_reference_model"],
+        "trl.reports.doctor": ["DoctorCallback"],
         "trl.scripts": [],
         "trl.scripts.utils": [
             "DatasetMixtureConfig",

@@ -90,3 +90,12 @@ def test_hash_sees_names():
     a, b = nn.Module(), nn.Module()
     a.x, b.y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     assert hash_module(a) != hash_module(b)
+
+
+def test_disabled_dropout_reaches_attention():
+    """Attention hands its probability to a function, so no layer of its own shows it."""
+    model = build_model(attention_dropout=0.5).train()
+    ids = torch.arange(8)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout_in_model(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 7  # of 2 × 2 rows; 10 rows make an epoch of 3 steps, the last one short: the run ends inside the third
 VARIANTS = {
     "dpo": ("dpo", {}),
-    "dpo_lora": ("dpo", {"peft_config": LoraConfig(**LORA, lora_dropout=0.2), "disable_dropout": False}),
+    "dpo_lora": ("dpo", {"peft_config": LoraConfig(**LORA, lora_dropout=0.2)}),
     "dpo_precomputed": ("dpo", {"precompute_ref_log_probs": True, "layout": "shared_prefix"}),
     "dpo_synced": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
     "dpo_mixed": ("dpo", {"loss_type": ["sigmoid", "sft"], "logging_steps": 3, "layout": "packed"}),
@@ -41,7 +41,8 @@ def make_trainer(output_dir, variant: str, **settings):
         "warmup_steps": 2,
         "save_strategy": "steps",
         "save_steps": 1,
-        "model": build_model(attention_dropout=0.2),
+        "model": build_model(attention_dropout=0.2),  # so that a step depends on the state of the random numbers
+        "disable_dropout": False,
         **own,
         **settings,
     }

@@ -93,10 +93,16 @@ def create_reference_model(
 
 
 def disable_dropout_in_model(model: nn.Module) -> None:
-    """Set the probability of every dropout layer to 0, so that two forwards of the same input agree."""
+    """
+    Set every dropout probability to 0, so that two forwards of the same input agree: those of dropout layers, and those
+    that modules hand to a function themselves, as attention does.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
