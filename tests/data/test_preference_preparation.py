@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, load_dataset
 
 from tests.conftest import load_reference
 from trl.data.formats import DatasetFormatError
@@ -87,13 +87,14 @@ def test_rows_are_kept_whole_by_name(kind, tokenizer):
 # ---- Tokens ----
 
 
-def test_both_answers_begin_at_the_shorter_boundary(tokenizer, caplog):
+@pytest.mark.parametrize("merged", ["chosen", "rejected"])
+def test_both_answers_begin_at_the_shorter_boundary(merged, tokenizer, caplog):
     """Where one answer merges with the prompt's end, the prompt of both ends before the merged token, and all is kept."""
-    rows = [pair("the sk", "y is blue", " 12")]
-    [row], report = prepare("dpo", rows, tokenizer)
+    other = "rejected" if merged == "chosen" else "chosen"
+    [row], report = prepare("dpo", [{"prompt": "the sk", merged: "y is blue", other: " 12"}], tokenizer)
     assert tokenizer.decode(row["prompt_ids"]) == "the"
-    assert tokenizer.decode(row["chosen_ids"]) == " sky is blue<|im_end|>"
-    assert tokenizer.decode(row["rejected_ids"]) == " sk 12<|im_end|>"
+    assert tokenizer.decode(row[f"{merged}_ids"]) == " sky is blue<|im_end|>"
+    assert tokenizer.decode(row[f"{other}_ids"]) == " sk 12<|im_end|>"
     assert report.prompts_merged.rows == [0]
     assert "1 end within a token (row 0)" in report.render()
     assert len([record for record in caplog.records if "beginning of prompt and completion" in record.message]) == 1
@@ -151,6 +152,13 @@ def test_extracted_prompts_have_the_type_of_answers(tokenizer):
     assert prepared.features["prompt"] == dataset.features["chosen"]
     assert prepared["prompt"][:] == ["", "", "", "sky"]
     assert any("3 rows have no prompt token" in note for note in report.notes)
+
+
+def test_a_first_batch_without_tokens_decides_no_type(tokenizer):
+    rows = [pair("the", "", " sea")] * 1000 + [pair("the", " sky", " sea")]
+    prepared, report = prepare_preference_dataset(Dataset.from_list(rows), tokenizer, PreferenceOptions())
+    assert report.rows_kept == 1
+    assert prepared.features["chosen_ids"] == List(Value("int32"))
 
 
 def test_a_prompt_column_is_never_searched_for(tokenizer):
@@ -537,10 +545,10 @@ def test_tokens_are_found_again(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, PAIRS)))
 
-    def run(max_length, tokenizer=tokenizer):
+    def run(max_length, **options):
         dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
         prepared, _ = prepare_unpaired_dataset(
-            dataset, tokenizer, PreferenceOptions(max_length=max_length, kl_block_size=4)
+            dataset, tokenizer, PreferenceOptions(max_length=max_length, kl_block_size=4, **options)
         )
         return prepared._fingerprint, prepared.to_list()
 
@@ -550,10 +558,11 @@ def test_tokens_are_found_again(tmp_path, tokenizer, monkeypatch):
     assert run(100) == first
     assert run(99) == first
     assert run(6)[1] != []
-    other = tokenizer
-    other.eos_token = "<|endoftext|>"
     with pytest.raises(pytest.fail.Exception):
-        run(100, other)
+        run(100, eos_token="<|endoftext|>")
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(pytest.fail.Exception):
+        run(100)
 
 
 def test_datasets_that_differ_in_drops_differ_in_name(tokenizer):
