@@ -14,7 +14,7 @@ from typing import Any
 
 from ..import_utils import is_math_verify_available
 from .math_verification import MathVerdict, default_verifier
-from .texts import Completion, completion_text
+from .texts import completion_text
 
 __all__ = ["accuracy_reward", "get_cosine_scaled_reward", "reasoning_accuracy_reward"]
 

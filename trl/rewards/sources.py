@@ -1,0 +1,149 @@
+"""
+A source of reward before and after it is called: its name, the arguments it wants, and the values it gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .calls import RewardCall, is_async
+from .reward_models import RewardModel
+
+
+class RewardError(RuntimeError):
+    """A reward function failed; the message names it."""
+
+
+class RewardValueError(RewardError, ValueError):
+    """A reward function returned something that is not a value per completion; the message names it."""
+
+
+class RewardSource:
+    """
+    A reward function or model, with what is known about it before it is called.
+
+    Args:
+        function: the function, or a [`RewardModel`].
+        name: in logs.
+        limit_s: how long it is waited for, in seconds; `None` for as long as it takes.
+        on_error: `"raise"` or `"count"`.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, limit_s: float | None, on_error: str):
+        self.function, self.name, self.limit_s, self.on_error = function, name, limit_s, on_error
+        self.is_model = isinstance(function, RewardModel)
+        self.is_async = not self.is_model and is_async(function)
+        self.abandoned: list[RewardCall] = []
+        self._needed, self._accepted = _parameters(function)
+
+    def arguments(self, everything: dict[str, Any]) -> dict[str, Any]:
+        """What the function is called with: all of it, or what it asks for by name if it takes no `**kwargs`."""
+        missing = [name for name in self._needed if name not in everything]
+        if missing:
+            columns = [key for key, value in everything.items() if isinstance(value, list)]
+            raise RewardError(
+                f"The reward function {self.name!r} needs {', '.join(f'`{name}`' for name in missing)}, and the "
+                f"dataset has no such column. There are: {', '.join(f'`{column}`' for column in columns)}. Rename or "
+                "add the column, or give the argument a default."
+            )
+        names = everything if self._accepted is None else [name for name in everything if name in self._accepted]
+        # A list of its own, so that a function that changes it changes nothing for the others.
+        return {
+            name: list(everything[name]) if isinstance(everything[name], list) else everything[name] for name in names
+        }
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], set[str] | None]:
+    """Names of the arguments that a function must get, and of all it takes (`None` with `**kwargs`)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return [], None
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return [p.name for p in named if p.default is p.empty], None if takes_all else {p.name for p in named}
+
+
+def reward_name(function: Callable[..., Any]) -> str:
+    """What a function is called in logs: its `__name__`, through any `functools.partial`; else that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, RewardModel):
+        return function.name
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, a number added to those that are there already, so that each keeps a curve of its own."""
+    unique: list[str] = []
+    for name in names:
+        candidate, number = name, 1
+        while candidate in unique:
+            number += 1
+            candidate = f"{name}_{number}"
+        unique.append(candidate)
+    return unique
+
+
+def read_values(name: str, returned: Any, expected: int) -> list[float]:
+    """
+    What a reward function returned, as floats; NaN for `None`.
+
+    Args:
+        name: of the function, for messages.
+        returned: a list, tuple, array or tensor of numbers or `None`.
+        expected: number of completions.
+
+    Raises:
+        RewardValueError: it is something else, or of another length.
+    """
+    if isinstance(returned, Tensor):
+        returned = returned.detach().cpu()
+    if hasattr(returned, "tolist"):
+        returned = returned.tolist()
+    needed = f"A reward function returns a list with a number or `None` for each of the {expected} completions"
+    if not isinstance(returned, Sequence) or isinstance(returned, (str, bytes)):
+        raise RewardValueError(
+            f"The reward function {name!r} returned {_described(returned)}. {needed}."
+            + (" Does it end without `return`?" if returned is None else "")
+        )
+    if len(returned) != expected:
+        raise RewardValueError(f"The reward function {name!r} returned {len(returned)} values. {needed}.")
+    values = []
+    for index, value in enumerate(returned):
+        number = _number(value)
+        if number is None:
+            raise RewardValueError(
+                f"The reward function {name!r} returned {_described(value)} for completion {index}. {needed}."
+            )
+        values.append(number)
+    return values
+
+
+def _number(value: Any) -> float | None:
+    """The value as a float, NaN for `None`; `None` for what is no number."""
+    if value is None:
+        return math.nan
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        if math.prod(value.shape) != 1:
+            return None
+        value = value.item()
+    if not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf if value > 0 else -math.inf
+
+
+def _described(value: Any) -> str:
+    shown = repr(value)
+    return f"a {type(value).__name__} ({shown[:60]}{'…' if len(shown) > 60 else ''})"
