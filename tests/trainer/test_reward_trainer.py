@@ -418,6 +418,23 @@ def test_evaluation_is_the_mean_over_pairs(tmp_path, batch_size):
         assert metrics[name] == pytest.approx(expected, abs=1e-5), name
 
 
+def test_rows_that_fill_up_a_batch_do_not_count(tmp_path, monkeypatch):
+    """On several processes a short batch is filled up; also one of such rows alone."""
+    trainer = make_trainer(tmp_path, data={**PAIRS, "margin": [0.5] * 6})
+    rows = list(trainer.train_dataset)
+    filler = [trainer._uncounted_row(rows[0])] * 2
+    trainer.model.eval()
+    metrics = []
+    for batches in ([rows], [[*rows, *filler], filler]):
+        for batch in batches:
+            with torch.no_grad():
+                trainer.compute_loss(trainer.model, trainer.data_collator(batch))
+        metrics.append(trainer.reducer.reduce("eval"))
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert metrics[0].keys() >= {"loss", "accuracy", "min_reward"}
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-5)
+
+
 def test_compute_metrics_gets_the_rewards_of_both(tmp_path):
     seen = {}
 
