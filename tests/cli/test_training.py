@@ -1,4 +1,4 @@
-"""`trl sft` and `trl preview sft` for real, on a tiny model."""
+"""`trl <method>` and `trl preview <method>` for real, on a tiny model."""
 
 import json
 import os
@@ -85,6 +85,56 @@ def test_preview(config, capsys):
     output = capsys.readouterr().out
     assert output.count("── row") == 2
     assert "\033[" in output
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    rows = [
+        {"prompt": f"what is {i} plus 1? ", "chosen": f"the answer is {i + 1}.", "rejected": f"the sky is {i}."}
+        for i in range(16)
+    ]
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def labelled_file(tmp_path):
+    rows = [
+        {"prompt": f"what is {i} plus 1? ", "completion": f"the answer is {i + i % 2}.", "label": bool(i % 2)}
+        for i in range(16)
+    ]
+    return write_rows(tmp_path / "labelled.jsonl", rows)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_methods_on_pairs_end_to_end(config, pairs_file, tmp_path, capfd, monkeypatch, method):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main([method, "--config", config, "--dataset_name", pairs_file, "--save_strategy", "no"]) == 0
+    printed = capfd.readouterr().out
+    assert "Training is complete." in printed
+    assert "'loss'" in printed
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_preview_of_pairs(config, pairs_file, capsys, method):
+    flags = ["--config", config, "--dataset_name", pairs_file, "--num_examples", "2"]
+    assert main(["preview", method, *flags]) == 0
+    output = capsys.readouterr().out
+    assert output.count("── row") == 2
+    assert "answer is 1." in output.split("⟦")[2]  # the first is in the legend
+    assert "sky is 0." in output.split("⟪")[2]
+
+
+def test_preview_of_labelled_answers(config, labelled_file, capsys):
+    flags = ["--config", config, "--dataset_name", labelled_file, "--num_examples", "2"]
+    assert main(["preview", "kto", *flags]) == 0
+    output = capsys.readouterr().out
+    assert output.index("label False") < output.index("label True")
 
 
 def test_preview_shows_what_is_cut(config, capsys):

@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from .dataset_report import DatasetReport, percent
 from .token_lists import IGNORE_INDEX
+from .token_view import legend, paint_tokens
 from .tokenization import get_tokenizer
 
 if TYPE_CHECKING:
@@ -130,9 +131,7 @@ class PreparationReport(DatasetReport):
 # A look at the tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
-_RESET = "\033[0m"
-_STYLES = {"context": "\033[2m", "trained": "\033[1;32m", "cut": "\033[9;31m"}
-_BRACKETS = {"context": ("", ""), "trained": ("⟦", "⟧"), "cut": ("⟨cut: ", "⟩")}
+_KINDS = ("context", "trained", "cut")
 
 
 def preview(
@@ -169,14 +168,13 @@ def preview(
     rows = [dict(row) for row in itertools.islice(iter(dataset_or_rows), n)]
     if not rows:
         raise ValueError("There is nothing to preview: the dataset has no rows.")
-    legend = " ".join(_paint(kind, kind, color) for kind in _STYLES)
-    blocks = [f"Tokens: {legend}"]
+    blocks = [legend(_KINDS, color)]
     for number, (input_ids, labels) in enumerate(encode_rows(rows, processing_class, options, formatting_func)):
         kinds = _token_kinds(labels, options)
-        counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in _STYLES)
+        counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in _KINDS)
         warning = "" if "trained" in kinds else " — nothing trained: this row will be dropped"
         blocks.append(f"── row {number}: {len(input_ids):,} tokens ({counts}){warning}")
-        blocks.append(_paint_tokens(input_ids, kinds, get_tokenizer(processing_class), color))
+        blocks.append(paint_tokens(input_ids, kinds, get_tokenizer(processing_class), color))
     return "\n".join(blocks)
 
 
@@ -192,19 +190,3 @@ def _token_kinds(labels: Sequence[int], options: LanguageModelingOptions) -> lis
     if first is not None:
         kinds[first] = "context"  # nothing before it predicts it
     return kinds
-
-
-def _paint(text: str, kind: str, color: bool) -> str:
-    if color:
-        # Restart the style on each line: pagers and terminals forget it at a line's end.
-        return "\n".join(f"{_STYLES[kind]}{line}{_RESET}" if line else line for line in text.split("\n"))
-    before, after = _BRACKETS[kind]
-    return f"{before}{text}{after}"
-
-
-def _paint_tokens(input_ids: Sequence[int], kinds: Sequence[str], tokenizer: Any, color: bool) -> str:
-    pieces = []
-    for kind, run in itertools.groupby(zip(input_ids, kinds, strict=True), key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        pieces.append(_paint(text, kind, color))
-    return "".join(pieces)

@@ -1,5 +1,5 @@
 """
-What a run would train on, token by token, without a model: what `trl preview sft` prints.
+What a run would train on, token by token, without a model: what `trl preview <method>` prints.
 
 Reads the same config and flags as the training script; no weights are loaded and nothing is trained.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,51 @@ def preview_sft(
     )
 
 
+def preview_dpo(*arguments: Any) -> str:
+    """The first pairs of the training split as `DPOTrainer` would see them; arguments as for [`preview_sft`]."""
+    from ..data.preference_preparation import prepare_preference_dataset
+
+    return _preview_preferences(prepare_preference_dataset, *arguments)
+
+
+def preview_reward(*arguments: Any) -> str:
+    """The first pairs of the training split as `RewardTrainer` would see them; arguments as for [`preview_sft`]."""
+    from ..data.preference_preparation import prepare_reward_dataset
+
+    return _preview_preferences(prepare_reward_dataset, *arguments)
+
+
+def preview_kto(*arguments: Any) -> str:
+    """The first answers of the training split as `KTOTrainer` would see them; arguments as for [`preview_sft`]."""
+    from ..data.preference_preparation import prepare_unpaired_dataset
+
+    return _preview_preferences(prepare_unpaired_dataset, *arguments, truncation_mode="keep_start")
+
+
+def _preview_preferences(
+    prepare: Callable[..., Any],
+    script_args: ScriptArguments,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: DatasetMixtureConfig,
+    preview_args: PreviewArguments,
+    **overrides: Any,
+) -> str:
+    from ..data.preference_preparation import PreferenceOptions
+    from ..data.preference_preview import preview_preferences
+
+    processing_class = _processing_class(training_args, model_args)
+    dataset = load_script_dataset(script_args, dataset_args)
+    return preview_preferences(
+        select_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        processing_class,
+        PreferenceOptions.of(training_args, kl_block_size=None, num_proc=None, **overrides),
+        prepare,
+        n=preview_args.num_examples,
+        color=_use_color(preview_args.color),
+    )
+
+
 def _processing_class(training_args: Any, model_args: Any) -> Any:
     from transformers import AutoTokenizer
 
@@ -76,7 +122,7 @@ def _processing_class(training_args: Any, model_args: Any) -> Any:
         model_args.model_name_or_path, revision=revision, trust_remote_code=training_args.trust_remote_code
     )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    path = training_args.chat_template_path
+    path = getattr(training_args, "chat_template_path", None)  # DPO and KTO have none
     if path is not None and path.endswith((".jinja", ".j2")):
         if not Path(path).is_file():
             raise ValueError(f"`chat_template_path` names a template file, but {path} does not exist.")
@@ -86,8 +132,9 @@ def _processing_class(training_args: Any, model_args: Any) -> Any:
         processing_class.chat_template = source.chat_template
         tokenizer.add_tokens(list(source.added_tokens_decoder.values()))
         tokenizer.eos_token = source.eos_token
-    if training_args.eos_token is not None:
-        tokenizer.eos_token = training_args.eos_token
+    eos_token = getattr(training_args, "eos_token", None)
+    if eos_token is not None:
+        tokenizer.eos_token = eos_token
     return processing_class
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace, _SubParsersAction
 
 from .base import Command, CommandContext
 
-PREVIEWS = {"sft": "preview_sft"}
+PREVIEWS = {method: f"preview_{method}" for method in ("sft", "dpo", "kto", "reward")}
 """Method -> function of `trl.scripts.preview`."""
 
 
