@@ -548,7 +548,7 @@ def test_tokens_are_found_again(tmp_path, tokenizer, monkeypatch):
     def run(max_length, **options):
         dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
         prepared, _ = prepare_unpaired_dataset(
-            dataset, tokenizer, PreferenceOptions(max_length=max_length, kl_block_size=4, **options)
+            dataset, tokenizer, PreferenceOptions(max_length=max_length, **{"kl_block_size": 4, **options})
         )
         return prepared._fingerprint, prepared.to_list()
 
@@ -557,6 +557,7 @@ def test_tokens_are_found_again(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("trl.data.tokenization.tokenize_text", lambda *_: pytest.fail("tokenized again"))
     assert run(100) == first
     assert run(99) == first
+    assert run(100, kl_block_size=2)[1] != first[1]
     assert run(6)[1] != []
     with pytest.raises(pytest.fail.Exception):
         run(100, eos_token="<|endoftext|>")
