@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from trl.rollouts.environments import (
     EnvironmentPool,
     append_observation,
-    environment_reward_functions,
     environment_tools,
 )
 
@@ -51,7 +48,6 @@ class Room(Base):
 
 class Garden(Base):
     async def get_reward(self):
-        await asyncio.sleep(0)
         return 5.0
 
 
@@ -145,15 +141,8 @@ def test_observations_after_text():
         append_observation("the sky", 3)
 
 
-def test_each_class_has_a_reward_of_its_own():
-    """Only for rollouts of exactly that class: a subclass is another environment."""
+def test_classes_that_give_rewards():
+    """Each class once, whatever the number of its names."""
     pool = EnvironmentPool({"room": Room, "cellar": Cellar, "again": Room, "garden": Garden, "yard": Yard})
-    functions = {function.__name__: function for function in environment_reward_functions(pool)}
-    assert set(functions) == {"Room", "Cellar", "Garden"}
-    rows = [{"environment": name} for name in ("cellar", "room", "garden", "again", "yard", "garden")]
-    environments = pool.acquire(rows)
-    environments[1].reward = 0.5
-    assert functions["Room"](environments=environments, prompts=None) == [None, 0.5, None, 1.0, None, None]
-    assert functions["Cellar"](environments=environments) == [1.0, None, None, None, None, None]
-    assert asyncio.iscoroutinefunction(functions["Garden"])
-    assert asyncio.run(functions["Garden"](environments=environments)) == [None, None, 5.0, None, None, 5.0]
+    assert pool.classes == [Room, Cellar, Garden, Yard]
+    assert pool.rewarding_classes == [Room, Cellar, Garden]

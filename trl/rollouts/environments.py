@@ -8,7 +8,6 @@ is never offered to the model.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +56,11 @@ class EnvironmentPool:
     def classes(self) -> list[type]:
         """The environments' classes, each once."""
         return list(dict.fromkeys(type(instances[0]) for instances in self._instances.values()))
+
+    @property
+    def rewarding_classes(self) -> list[type]:
+        """Those of the classes that say themselves how a rollout went."""
+        return [cls for cls in self.classes if callable(getattr(cls, "get_reward", None))]
 
     def tools_of(self, name: str | None) -> list[Callable]:
         """The tools of the environments of one name, bound to their first instance: to be described, not run."""
@@ -155,32 +159,3 @@ def _as_blocks(content: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     return list(content)
-
-
-def environment_reward_functions(pool: EnvironmentPool) -> list[Callable]:
-    """
-    A reward function for each class with a `get_reward`, under the class's name.
-
-    It is called with `environments` and gives `None` for rollouts of other classes; asynchronous where `get_reward` is.
-    """
-    return [_reward_function(cls) for cls in pool.classes if callable(getattr(cls, "get_reward", None))]
-
-
-def _reward_function(cls: type) -> Callable:
-    if inspect.iscoroutinefunction(cls.get_reward):
-
-        async def reward(environments: Sequence[Any], **kwargs: Any) -> list[float | None]:
-            values: list[float | None] = [None] * len(environments)
-            mine = [index for index, one in enumerate(environments) if type(one) is cls]
-            rewards = await asyncio.gather(*(environments[index].get_reward() for index in mine))
-            for index, value in zip(mine, rewards, strict=True):
-                values[index] = value
-            return values
-
-    else:
-
-        def reward(environments: Sequence[Any], **kwargs: Any) -> list[float | None]:
-            return [one.get_reward() if type(one) is cls else None for one in environments]
-
-    reward.__name__ = reward.__qualname__ = cls.__name__
-    return reward
