@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_peft_available, logging
 
-from ..data.preflight import PreparationReport
+from ..data.dataset_report import DatasetReport
 from ..extras.profiling import profiling_decorator
 from ..models.activation_offloading import get_act_offloading_ctx_manager
 from ..models.selective_activation_checkpointing import enable_selective_activation_checkpointing
@@ -79,7 +79,7 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
         train_dataset = kwargs.get("train_dataset")
         if isinstance(train_dataset, IterableDataset):
             self._use_local_batches(config)
-        self._preflight_reports: list[PreparationReport] = getattr(self, "_preflight_reports", [])
+        self._preflight_reports: list[DatasetReport] = getattr(self, "_preflight_reports", [])
         super().__init__(*args, **kwargs)
         self.doctor = install_doctor(self.callback_handler)
         self.reducer = Reducer(self.accelerator, replicas=self.get_tp_size())
