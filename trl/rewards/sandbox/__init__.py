@@ -1,0 +1,1 @@
+"""Running untrusted Python apart from everything else. Its modules need the standard library only."""
