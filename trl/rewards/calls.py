@@ -166,8 +166,3 @@ class RewardCall:
 
 async def _wait_for(awaitable: Any) -> Any:
     return await awaitable
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine: a coroutine function, or an object with such a `__call__`."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

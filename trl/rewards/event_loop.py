@@ -1,5 +1,5 @@
 """
-One event loop in a thread of its own, for coroutines started from code that is not asynchronous.
+The event loop of asynchronous reward functions, which may block it: then it is left behind, and a new one takes over.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import weakref
 from collections.abc import Coroutine
 from typing import Any
 
+from ..extras.plain import shutdown_event_loop_in_daemon, start_event_loop_in_daemon
+
 # A loop that does not take a call within this time is held up by something that blocks.
 RESPONSE_LIMIT_S = 1.0
-
-
-def _stop(loop: asyncio.AbstractEventLoop) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(loop.stop)
 
 
 class EventLoopThread:
@@ -33,32 +30,27 @@ class EventLoopThread:
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future:
         """Start a coroutine; its result comes in the future, and cancelling the future cancels it."""
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._run, args=(self._loop,), name="trl-event-loop", daemon=True).start()
-            self._finalizer = weakref.finalize(self, _stop, self._loop)
+            thread, self._loop, _ = start_event_loop_in_daemon("trl-rewards")
+            self._shut_down = weakref.finalize(
+                self, shutdown_event_loop_in_daemon, thread, self._loop, timeout=RESPONSE_LIMIT_S
+            )
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-        finally:
-            loop.close()
-
     def replace_if_blocked(self) -> bool:
-        """Leave a loop that does not respond to itself; the next coroutine gets a new one. Returns whether it was so."""
+        """Leave a loop that does not respond; the next coroutine gets a new one. Returns whether it was so."""
         if self._loop is None:
             return False
         responded = threading.Event()
         self._loop.call_soon_threadsafe(responded.set)
         if responded.wait(RESPONSE_LIMIT_S):
             return False
-        self.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)  # once it gets to it
+        self._shut_down.detach()
+        self._loop = None
         return True
 
     def close(self) -> None:
-        """Stop the loop; what still runs in it is abandoned."""
+        """Stop the loop; what still runs in it is cancelled."""
         if self._loop is not None:
-            self._finalizer()
+            self._shut_down()
             self._loop = None

@@ -4,7 +4,6 @@ A source of reward before and after it is called: its name, the arguments it wan
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .calls import RewardCall, is_async
+from ..extras.plain import get_callable_name, is_async_callable
+from .calls import RewardCall
 from .reward_models import RewardModel
 
 
@@ -40,7 +40,7 @@ class RewardSource:
     def __init__(self, function: Callable[..., Any], name: str, limit_s: float | None, on_error: str):
         self.function, self.name, self.limit_s, self.on_error = function, name, limit_s, on_error
         self.is_model = isinstance(function, RewardModel)
-        self.is_async = not self.is_model and is_async(function)
+        self.is_async = not self.is_model and is_async_callable(function)
         self.abandoned: list[RewardCall] = []
         self._needed, self._accepted = _parameters(function)
 
@@ -73,12 +73,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[list[str], set[str] | Non
 
 
 def reward_name(function: Callable[..., Any]) -> str:
-    """What a function is called in logs: its `__name__`, through any `functools.partial`; else that of its class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if isinstance(function, RewardModel):
-        return function.name
-    return getattr(function, "__name__", None) or type(function).__name__
+    """What a function is called in logs: a model by its name, others by theirs, through any `functools.partial`."""
+    return function.name if isinstance(function, RewardModel) else get_callable_name(function)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
