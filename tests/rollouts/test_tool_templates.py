@@ -11,7 +11,12 @@ from tests.conftest import CHAT_TEMPLATE, build_tokenizer
 from tests.data.test_tool_formats import TEMPLATES, TEXT_ARGUMENTS, tokenizer_of
 from tests.rollouts.helpers import TEMPLATE, build_tool_tokenizer
 from trl.data.tool_formats import add_response_schema, parse_response
-from trl.rollouts.tool_templates import prepare_for_tools, tool_suffix_ids
+from trl.rollouts.tool_templates import prepare_for_tools, tool_suffix
+
+
+def tool_suffix_ids(*args, **kwargs):
+    return tool_suffix(*args, **kwargs).ids
+
 
 QUESTION = {"role": "user", "content": "the sky?"}
 RESULT = {"role": "tool", "name": "get_weather", "content": "blue"}

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tests.conftest import build_model
 from trl.ops.scoring import score_tokens
 from trl.rollouts.continuous_batching_engine import ContinuousBatchingEngine
-from trl.rollouts.transformers_engine import TransformersEngine, collate_model_inputs, cut_after_eos
+from trl.rollouts.transformers_engine import TransformersEngine, cut_after_eos
 from trl.rollouts.types import Prompt, RolloutEngine, SamplingParams
 
 PAD, EOS = 0, 1
@@ -72,6 +72,14 @@ def test_sampled_logps_are_those_of_the_scorer(make, tiny_model, temperature):
         scores = score_tokens(tiny_model, {"input_ids": ids, "labels": labels}, temperature=temperature)
         expected = scores.logps[0, len(rollout.prompt_ids) - 1 :]
         torch.testing.assert_close(torch.tensor(rollout.sampled_logps), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_are_freed_as_generation_goes(tiny_model, monkeypatch):
+    """Those of all steps together are tokens x rows x vocabulary; none is left after its step."""
+    outputs, generate = [], tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda **inputs: outputs.append(generate(**inputs)) or outputs[-1])
+    make_engine(tiny_model).generate(PROMPTS, SamplingParams(4, with_logps=True))
+    assert [scores.untyped_storage().size() for scores in outputs[0].scores] == [0] * 4
 
 
 def test_sampled_logps_are_those_of_the_truncated_distribution(tiny_model):
@@ -191,16 +199,6 @@ def test_a_process_without_rows_takes_part_where_weights_are_sharded(tiny_model,
     )
     assert engine.generate([], GREEDY) == []
     assert calls == [True]
-
-
-def test_images_go_along():
-    first = Prompt(
-        [1, 2], model_inputs={"pixel_values": torch.ones(2, 3), "mm_token_type_ids": torch.tensor([[0, 1]])}
-    )
-    second = Prompt([1, 2, 3, 4], model_inputs={"pixel_values": torch.zeros(1, 3)})
-    batch = collate_model_inputs([first, second], width=4)
-    assert batch["pixel_values"].tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
-    assert batch["mm_token_type_ids"].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 class TestContinuousBatching:

@@ -25,7 +25,8 @@ from ..data.formats import DatasetFormatError
 from ..data.template_rendering import Messages, ProcessingClass, inner_tokenizer
 from ..data.tool_formats import parse_response
 from .environments import EnvironmentPool, append_observation, environment_tools
-from .tool_templates import prepare_for_tools, tool_suffix_ids
+from .image_prompts import encode_with_images, extend_model_inputs, images_in
+from .tool_templates import prepare_for_tools, tool_suffix
 from .tools import ToolRequest, ToolResult, ToolRunner, tool_schema, tools_by_name
 from .types import Prompt, Rollout, RolloutEngine, SamplingParams, is_truncated
 
@@ -205,11 +206,13 @@ class Conversations:
                 '[{"role": "user", "content": ...}].'
             )
         images = self._images_of(row)
-        if previous is not None and not images and (previous.prompt, previous.schemas) == (prompt, schemas):
-            prompt_ids, model_inputs = list(previous.prompt_ids), previous.model_inputs  # a group has one prompt
+        same = previous is not None and (previous.prompt, previous.schemas) == (prompt, schemas)
+        if same and not images and not previous.images:  # a group has one prompt
+            prompt_ids, model_inputs = list(previous.prompt_ids), {}
         else:
             prompt_ids, model_inputs = self._tokenize_prompt(prompt, schemas, images)
         tools = tools_by_name([*self.tools, *(environment_tools(environment) if environment is not None else [])])
+        images = images or images_in(prompt)
         return Episode(prompt, prompt_ids, tools, schemas, environment, images, model_inputs)
 
     def _prompt_of(self, row: Mapping[str, Any]) -> str | Messages:
@@ -239,41 +242,17 @@ class Conversations:
     def _tokenize_prompt(
         self, prompt: str | Messages, schemas: list[dict[str, Any]] | None, images: list[Any]
     ) -> tuple[list[int], dict[str, torch.Tensor]]:
-        if images:
-            return self._tokenize_with_images(prompt, schemas, images)
+        options = {
+            "tools": schemas,
+            "add_generation_prompt": True,
+            "chat_template": self.chat_template,
+            **self.chat_template_kwargs,
+        }
+        if images or images_in(prompt):
+            return encode_with_images(self.processing_class, prompt, images, **options)
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"]), {}
-        encoded = tokenize_conversation(
-            self.processing_class,
-            prompt,
-            tools=schemas,
-            add_generation_prompt=True,
-            chat_template=self.chat_template,
-            **self.chat_template_kwargs,
-        )
-        return encoded["input_ids"], {}
-
-    def _tokenize_with_images(
-        self, prompt: str | Messages, schemas: list[dict[str, Any]] | None, images: list[Any]
-    ) -> tuple[list[int], dict[str, torch.Tensor]]:
-        from ..data.vision import prepare_multimodal_messages
-
-        if isinstance(prompt, str) or not isinstance(self.processing_class, ProcessorMixin):
-            need = "a conversational prompt" if isinstance(prompt, str) else "a processor, not only a tokenizer"
-            raise DatasetFormatError(f"The dataset has images, which need {need}.")
-        encoded = self.processing_class.apply_chat_template(
-            [prepare_multimodal_messages(prompt, images)],
-            tools=schemas,
-            add_generation_prompt=True,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **self.chat_template_kwargs,
-        )
-        inputs = dict(encoded)
-        inputs.pop("attention_mask", None)
-        return inputs.pop("input_ids")[0].tolist(), inputs
+        return tokenize_conversation(self.processing_class, prompt, **options)["input_ids"], {}
 
     # ---- The turns ----
 
@@ -312,7 +291,7 @@ class Conversations:
     def _append_results(self, episode: Episode, results: Sequence[ToolResult], sampling: SamplingParams) -> bool:
         """Whether the results fitted; else the rollout ends with its call, as if no one had answered."""
         messages = [result.to_message() for result in results]
-        suffix = tool_suffix_ids(
+        suffix = tool_suffix(
             self.processing_class,
             episode.messages[-1],
             messages,
@@ -321,13 +300,15 @@ class Conversations:
             chat_template=self.chat_template,
             **self.chat_template_kwargs,
         )
-        length = len(episode.completion_ids) + len(suffix)
+        length = len(episode.completion_ids) + len(suffix.ids)
         limit, context = sampling.max_completion_length, self.engine.max_model_length
         too_long = limit is not None and length > limit
         if too_long or (context is not None and len(episode.prompt_ids) + length >= context):
             episode.has_ended = True
             return False
-        episode.append(suffix, [0.0] * len(suffix), by_policy=False)
+        episode.model_inputs = extend_model_inputs(episode.model_inputs, suffix.model_inputs, episode.length)
+        episode.images += images_in(messages)
+        episode.append(suffix.ids, [0.0] * len(suffix.ids), by_policy=False)
         episode.messages += messages
         return True
 
@@ -335,13 +316,12 @@ class Conversations:
         """Content blocks as a text model's template reads them."""
         if isinstance(result.content, str):
             return result
-        kinds = {block["type"] for block in result.content}
-        if kinds != {"text"}:
-            others = ", ".join(sorted(kinds - {"text"}))
-            problem = {"error": f"{result.name!r} returned {others}, which cannot be shown here; return text."}
-            return replace(result, content=str(problem), failed=True)
         if isinstance(self.processing_class, ProcessorMixin):
             return result
+        kinds = {block["type"] for block in result.content} - {"text"}
+        if kinds:
+            problem = {"error": f"{result.name!r} returned {', '.join(sorted(kinds))}; this model reads only text."}
+            return replace(result, content=str(problem), failed=True)
         return replace(result, content="".join(block["text"] for block in result.content))
 
     def _room(self, episode: Episode, sampling: SamplingParams) -> int | None:
@@ -375,6 +355,7 @@ class Conversations:
             prompt=episode.prompt,
             completion=completion,
             images=episode.images or None,
+            model_inputs=episode.model_inputs,
             is_truncated=is_truncated(episode.completion_ids, stop_ids),
             environment=episode.environment,
             tool_calls=episode.tool_calls,

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+from torch import Tensor
 
 from ..data.chat_templates import tokenize_conversation
 from ..data.template_checks import is_chat_template_prefix_preserving
@@ -21,6 +23,7 @@ from ..data.template_rendering import Messages, ProcessingClass, inner_tokenizer
 from ..data.templating import common_prefix_length
 from ..data.tool_formats import add_response_schema, supports_tool_calling
 from ..data.training_templates import get_training_chat_template
+from .image_prompts import encode_with_images, images_in, is_per_token
 
 QUESTION = {"role": "user", "content": "Question?"}
 
@@ -63,7 +66,15 @@ def prepare_for_tools(processing_class: ProcessingClass, chat_template: str | No
     return chat_template
 
 
-def tool_suffix_ids(
+@dataclass(frozen=True)
+class ToolSuffix:
+    """What follows a sampled call: tokens, and for images among the results the model's tensors of these tokens."""
+
+    ids: list[int]
+    model_inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def tool_suffix(
     processing_class: ProcessingClass,
     call: dict[str, Any],
     results: Messages,
@@ -71,9 +82,9 @@ def tool_suffix_ids(
     last_id: int | None = None,
     chat_template: str | None = None,
     **template_kwargs: Any,
-) -> list[int]:
+) -> ToolSuffix:
     """
-    The tokens that stand between a sampled call and the policy's next turn.
+    What stands between a sampled call and the policy's next turn.
 
     Args:
         processing_class: tokenizer or processor.
@@ -92,38 +103,38 @@ def tool_suffix_ids(
         ValueError: the template rewrites the call once results follow, so no tokens can be appended.
     """
 
-    def encode(messages: Messages, add_generation_prompt: bool) -> list[int]:
-        return tokenize_conversation(
-            processing_class,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=chat_template,
-            **template_kwargs,
-        )["input_ids"]
+    def encode(messages: Messages, add_generation_prompt: bool) -> ToolSuffix:
+        options = {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template, **template_kwargs}
+        if images_in(messages):
+            return ToolSuffix(*encode_with_images(processing_class, messages, **options))
+        return ToolSuffix(tokenize_conversation(processing_class, messages, **options)["input_ids"])
 
     call, results = _with_ids(call, results)
     for form in (call, _text_arguments(call)):
         try:
-            asked = encode([QUESTION, form], False)
+            asked = encode([QUESTION, form], False).ids
             answered = encode([QUESTION, form, *results], True)
             break
         except (jinja2.TemplateError, TypeError) as error:
             failure = error
     else:
         raise ValueError(f"The chat template refuses a conversation with tool results: {failure}") from failure
-    begin = common_prefix_length(encode([QUESTION], True), asked)
+    begin = common_prefix_length(encode([QUESTION], True).ids, asked)
     ends = [index for index in range(begin, len(asked)) if asked[index] in eos_token_ids]
     cut = ends[-1] + 1 if ends else len(asked)
-    if answered[:cut] != asked[:cut]:
+    if answered.ids[:cut] != asked[:cut]:
         raise ValueError(
             "The chat template renders a tool call in another way once its result follows, so the result cannot be "
             "appended to the tokens that were sampled. Pass a prefix-preserving template: "
             "`tokenizer.chat_template = get_training_chat_template(tokenizer)`."
         )
-    suffix = answered[cut:]
-    if not ends and suffix and suffix[0] == last_id and last_id in eos_token_ids:
-        return suffix[1:]
-    return suffix
+    handed_over = not ends and last_id in eos_token_ids and answered.ids[cut : cut + 1] == [last_id]
+    cut += handed_over
+    inputs = {
+        name: tensor.reshape(-1)[cut:] if is_per_token(name) else tensor
+        for name, tensor in answered.model_inputs.items()
+    }
+    return ToolSuffix(answered.ids[cut:], inputs)
 
 
 def _with_ids(call: dict[str, Any], results: Messages) -> tuple[dict[str, Any], Messages]:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from ..distributed import DistributedBackend
 from ..models.generation import unwrap_model_for_generation
+from .image_prompts import collate_model_inputs
 from .sampled_logps import SampledLogps
 from .types import Prompt, Rollout, SamplingParams, as_prompts, is_truncated
 
@@ -176,7 +177,9 @@ class TransformersEngine:
         ids = [[self.pad_token_id] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts]
         mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        inputs.update(collate_model_inputs(prompts, width))
+        inputs.update(
+            collate_model_inputs([prompt.model_inputs for prompt in prompts], [len(prompt.ids) for prompt in prompts])
+        )
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def _generation_config(self, prompt_length: int, sampling: SamplingParams) -> GenerationConfig:
@@ -259,31 +262,6 @@ def context_length(model: nn.Module) -> int | None:
         return None
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text_config, "max_position_embeddings", None)
-
-
-def collate_model_inputs(prompts: Sequence[Prompt], width: int) -> dict[str, Tensor]:
-    """
-    The images of several prompts as one batch.
-
-    A tensor with one value per prompt token (`token_type_ids`, ...) is padded on the left as the tokens are; all
-    others have a prompt's part along their first dimension and are put one after the other.
-    """
-    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.model_inputs))
-    batch = {}
-    for name in names:
-        if name.endswith("token_type_ids"):
-            batch[name] = torch.stack([_padded_types(prompt, name, width) for prompt in prompts])
-        else:
-            batch[name] = torch.cat([prompt.model_inputs[name] for prompt in prompts if name in prompt.model_inputs])
-    return batch
-
-
-def _padded_types(prompt: Prompt, name: str, width: int) -> Tensor:
-    types = prompt.model_inputs.get(name)
-    types = types.reshape(-1) if types is not None else torch.zeros(len(prompt.ids), dtype=torch.long)
-    # A prompt that grew since the images were prepared has text at its end.
-    types = torch.nn.functional.pad(types, (0, len(prompt.ids) - len(types)))
-    return torch.nn.functional.pad(types, (width - len(types), 0))
 
 
 @contextlib.contextmanager

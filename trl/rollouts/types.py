@@ -119,6 +119,7 @@ class Rollout:
         prompt: the prompt as text or messages, as reward functions get it.
         completion: the completion as text or messages, as reward functions get it.
         images: images of the prompt and of tool results, in the order of their placeholders.
+        model_inputs: what a processor made of them, for the model's forward; see [`Prompt`].
         extra: further values of this sample, for reward functions.
         is_truncated: whether the completion stops without an end-of-sequence token.
         environment: the environment that the rollout took place in.
@@ -135,6 +136,7 @@ class Rollout:
     prompt: str | Messages | None = None
     completion: str | Messages | None = None
     images: list[Any] | None = None
+    model_inputs: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     is_truncated: bool = False
     environment: Any = None
