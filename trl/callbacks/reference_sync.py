@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -44,6 +45,9 @@ class SyncRefModelCallback(TrainerCallback):
         Under ZeRO-3 the weights are gathered, the first process writes, and DeepSpeed spreads the result.
         """
         if not is_deepspeed_zero3_enabled():
+            for module in (*model.modules(), *target_model.modules()):
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # after a forward without backward, FSDP2 leaves some weights whole
             SyncRefModelCallback._mix(model, target_model, alpha)
             return
         import deepspeed

@@ -8,11 +8,16 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils.other import is_compiled_module
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -160,6 +165,30 @@ def _wrap_fsdp1(model: nn.Module, accelerator: Accelerator) -> FullyShardedDataP
         limit_all_gathers=plugin.limit_all_gathers,
         device_id=accelerator.device,
     )
+
+
+# ---- Weights of a model that may be sharded ----
+
+
+def load_full_state_dict(model: nn.Module, folder: str) -> None:
+    """
+    Read the weights that `save_pretrained` wrote into a model, each process its part where the model is sharded.
+
+    Args:
+        model: the model without its wrapper: whole, or sharded by FSDP2 or ZeRO-3. All processes call this.
+        folder: holds `*.safetensors`.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        state.update(load_file(file))
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            if deepspeed.comm.get_rank() == 0:
+                model.load_state_dict(state, strict=False)  # tied weights are saved once
+        return
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 # ---- Other methods than forward, through the wrapper ----

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.utils import load_checkpoint_in_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from ..callbacks.reference_sync import SyncRefModelCallback
 from ..models.adapters import prepare_peft_model
+from ..models.distributed import load_full_state_dict
 from ..models.loading import create_model_from_path, get_config_model_id
 from ..models.moe import resolve_router_aux_loss
 from ..models.reference import ReferencePolicy, disable_dropout_in_model
@@ -417,8 +417,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         folder = os.path.join(checkpoint, REFERENCE_DIR)
         if not self.args.sync_ref_model or not os.path.isdir(folder):
             return
-        with torch.no_grad():
-            load_checkpoint_in_model(self.accelerator.unwrap_model(self.ref_model), folder)
+        load_full_state_dict(self.accelerator.unwrap_model(self.ref_model), folder)
 
 
 def load_again(model: nn.Module, disable_dropout: bool, init_kwargs: dict[str, Any]) -> nn.Module:
