@@ -33,7 +33,8 @@ def _compare(texts: Sequence[str], solutions: Sequence[str], log_extra: LogExtra
             f"Each completion needs a solution. Found {len(texts)} completions, {len(solutions)} solutions."
         )
     verdicts = [
-        default_verifier.verify(answer=text, gold=solution) for text, solution in zip(texts, solutions, strict=True)
+        MathVerdict("", "", None) if solution is None else default_verifier.verify(answer=text, gold=str(solution))
+        for text, solution in zip(texts, solutions, strict=True)
     ]
     if log_extra is not None:
         log_extra("solution", list(solutions))
@@ -65,7 +66,7 @@ def accuracy_reward(
         **kwargs: the trainer's other arguments; not used.
 
     Returns:
-        A value for each completion; `None` where the solution could not be parsed.
+        A value for each completion; `None` where there is no solution, or none that could be parsed.
 
     Raises:
         ImportError: math-verify is not installed.

@@ -39,13 +39,13 @@ class MathVerdict:
         gold: the expected answer as it was understood; empty where nothing in it could be parsed.
         answer: the same of the answer that was given.
         equal: whether they are the same; `None` where there is nothing to compare with.
-        timed_out: the stage that took too long (`"gold"`, `"answer"` or `"equal"`), if one did.
+        given_up: the stage that took too long or too much memory (`"gold"`, `"answer"` or `"equal"`), if one did.
     """
 
     gold: str
     answer: str
     equal: bool | None
-    timed_out: str | None = None
+    given_up: str | None = None
 
 
 class MathWorkerError(RuntimeError):
@@ -139,9 +139,9 @@ class MathVerifier:
                 reply = self._worker.receive(limit + GRACE_S)
                 if reply is None:
                     self._stop()
-                    logger.warning(f"Comparing mathematical answers took too long, at the stage {stage!r}.")
+                    logger.warning(f"Comparing mathematical answers took too long or too much memory, at {stage!r}.")
                     equal = None if stage == "gold" else False
-                    return MathVerdict(replies["gold"], replies["answer"], equal, timed_out=stage)
+                    return MathVerdict(replies["gold"], replies["answer"], equal, given_up=stage)
                 replies.update(reply)
                 if stage == "gold" and not replies["gold"]:
                     break
