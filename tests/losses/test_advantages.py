@@ -17,12 +17,12 @@ from trl.losses.advantages import (
     group_advantages,
     leave_one_out_advantages,
     nan_std,
-    normalize_scale_rewards,
     reward_metrics,
     total_rewards,
     trajectory_kl,
     warn_of_unscorable,
 )
+from trl.losses.policy_options import check_reward_clip_range, normalize_scale_rewards
 
 REFERENCE = {
     name: case
@@ -326,6 +326,14 @@ def test_unknown_names_are_refused_with_the_nearest():
         group_advantages(rewards, None, 2, "batches")
     with pytest.raises(ValueError, match="Did you mean 'normalize_then_sum'"):
         group_advantages(rewards, None, 2, multi_objective_aggregation="normalise_then_sum")
+
+
+@pytest.mark.parametrize("bounds", [(1.0, -1.0), (1.0,), 5.0, ("a", "b"), (0.0, NAN), (1, 1)])
+def test_reward_clip_range_is_two_numbers_in_order(bounds):
+    with pytest.raises(ValueError, match="reward_clip_range.*Found"):
+        check_reward_clip_range(bounds)
+    for good in (None, (-1, 1), [0.0, math.inf]):
+        check_reward_clip_range(good)
 
 
 def test_completions_that_nothing_scores_are_warned_of():

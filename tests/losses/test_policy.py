@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -306,6 +308,9 @@ def test_clipping_takes_the_gradient_away_where_the_policy_went_far_enough():
     assert float(metrics.maxima["clip_ratio/high_max"]) == 0.25
     bounded = policy_loss(inputs, replace(options, delta=1.45)).losses_BT
     assert bounded[1].tolist() == pytest.approx([0.8, 0.9, 1.3, 1.45])
+    below = replace(options, delta=1.35)  # the ratio that metrics look at never leaves the region then
+    metrics = policy_metrics(policy_loss(inputs, below), below)
+    assert float(metrics.means["clip_ratio/high_mean"][0]) == 0
 
 
 def test_bias_correction_makes_the_kl_gradient_unbiased():
@@ -323,12 +328,32 @@ def test_bias_correction_makes_the_kl_gradient_unbiased():
         assert agree == corrected
 
 
-def test_advantages_in_every_shape():
-    inputs, options = random_inputs(), PolicyLossOptions()
+@pytest.mark.parametrize("level", IMPORTANCE_SAMPLING_LEVELS)
+def test_advantages_in_every_shape(level):
+    inputs, options = random_inputs(), quiet_options(importance_sampling_level=level)
     column = inputs.advantages_BT[:, None]
-    expected = total_of(inputs, options)
+    logps = inputs.logps_BT.clone().requires_grad_()
+
+    def loss_and_gradient(advantages):
+        loss = total_of(replace(inputs, advantages_BT=advantages, logps_BT=logps), options)
+        return loss.detach(), torch.autograd.grad(loss, logps)[0]
+
+    expected = loss_and_gradient(inputs.advantages_BT)
     for shaped in (column, column.expand(-1, 6), column.expand(-1, 6).masked_fill(~inputs.mask_BT, NAN)):
-        assert torch.equal(total_of(replace(inputs, advantages_BT=shaped), options), expected)
+        torch.testing.assert_close(loss_and_gradient(shaped), expected)
+
+
+def test_vespo_weights_by_hand():
+    logps = torch.tensor([[-25.0, 15.0], [1.0, -0.5], [1.0, -0.5], [0.0, -40.0], [20.0, 20.0]], dtype=torch.float64)
+    inputs = PolicyLossInputs(logps, torch.tensor([1.0, 0.0, -1.0, -1.0, 1.0]), torch.ones(5, 2), torch.zeros(5, 2))
+    options = PolicyLossOptions(loss_type="vespo", vespo_lambda_pos=1.5)
+    phi = policy.vespo_weights(policy_loss(inputs, options).step, options)[:, 0]
+    w = [-5.0, 0.5, 0.5, math.log(1e-8), 20.0]  # a log-ratio counts from -20 to 20
+    k_and_lambda = [(2.0, 1.5), (2.0, 1.5), (3.0, 2.0), (3.0, 2.0), (2.0, 1.5)]
+    expected = [math.exp(decay + k * x - decay * math.exp(x)) for x, (k, decay) in zip(w, k_and_lambda, strict=True)]
+    assert phi.tolist() == pytest.approx(expected, rel=1e-9)
+    overflowing = PolicyLossOptions(loss_type="vespo", vespo_k_pos=100.0, vespo_lambda_pos=0.0)
+    assert policy.vespo_weights(policy_loss(inputs, overflowing).step, overflowing)[4, 0] == 0
 
 
 # ---- Masks and corrections ----
@@ -341,7 +366,7 @@ def test_off_policy_mask():
     kept = policy_loss(inputs, options).losses_BT.abs().sum(-1) > 0
     assert kept.tolist() == [True, True, False, True]
     # The engine's log-probs go first; one that is missing counts as no change.
-    engine = torch.tensor([[-1.0, -1.0], [-0.5, -1.0], [NAN, -1.0], [NAN, NAN]])
+    engine = torch.tensor([[-1.0, -1.0], [-0.5, -1.0], [NAN, -1.0], [math.inf, -math.inf]])
     kept = policy_loss(replace(inputs, rollout_logps_BT=engine), options).losses_BT.abs().sum(-1) > 0
     assert kept.tolist() == [True, False, True, True]
     on_policy = replace(inputs, old_logps_BT=None)
@@ -518,6 +543,12 @@ def test_usual_settings_are_silent():
         PolicyLossOptions(loss_type="grpo", importance_sampling_level="sequence")
         PolicyLossOptions(loss_type="vespo", use_vllm=True, vllm_importance_sampling_mode="token_mask")
         PolicyLossOptions(loss_type="vespo", use_vllm=True, vllm_importance_sampling_correction=False)
+
+
+def test_options_need_no_torch():
+    """So that a command line can check them at once."""
+    code = "import sys; from trl.losses import policy_options; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 class Config:

@@ -25,9 +25,7 @@ from torch import Tensor
 from ..choices import check_choice
 from .numerics import at_least_fp32
 from .policy import clean_logps
-
-SCALE_REWARDS = ("group", "batch", "none")
-MULTI_OBJECTIVE_AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+from .policy_options import MULTI_OBJECTIVE_AGGREGATIONS, normalize_scale_rewards
 
 # Keeps the advantages of a group whose rewards barely differ from exploding.
 _STD_FLOOR = 1e-4
@@ -90,19 +88,6 @@ def _in_groups(values_N: Tensor, num_generations: int) -> Tensor:
 
 
 # ---- From the functions' rewards to one ----
-
-
-def normalize_scale_rewards(scale_rewards: str | bool) -> str:
-    """
-    One name of `SCALE_REWARDS`; `True` is `"group"` and `False` is `"none"`.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(scale_rewards, bool):
-        return "group" if scale_rewards else "none"
-    check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
-    return scale_rewards
 
 
 def _weighted(rewards_FN: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
@@ -210,7 +195,7 @@ def group_advantages(
     rewards_MG = _in_groups(rewards_N, num_generations)
     if multi_objective_aggregation == "normalize_then_sum":
         scores_FN = _standardize_functions(_precise(rewards_FN), num_generations)
-        scores_N = _sum(_weighted(scores_FN, weights)).masked_fill(rewards_N.isnan(), torch.nan)
+        scores_N = _sum(_weighted(scores_FN, weights))
         std = nan_std(scores_N)
         advantages_N = _standardize(scores_N - scores_N.nanmean(), std)
         stds_MG = std.expand_as(rewards_MG)

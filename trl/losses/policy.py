@@ -38,7 +38,11 @@ __all__ = [
     "PolicyLossTerm",
     "PolicyStep",
     "aggregate",
+    "bounded_exp",
+    "clean_logps",
     "count_units",
+    "importance_ratios",
+    "kl_estimates",
     "masked_mean",
     "policy_loss",
     "policy_unit",
@@ -271,7 +275,7 @@ def on_policy_mask(inputs: PolicyLossInputs, step: PolicyStep, threshold: float)
     if sampled_BT is None:
         return torch.ones_like(step.advantages_BT, dtype=torch.bool)
     drops_BT = clean_logps(sampled_BT, step.mask_BT) - step.logps_BT
-    mean_drops_B1 = masked_mean(drops_BT.nan_to_num(nan=0.0), step.mask_BT)
+    mean_drops_B1 = masked_mean(drops_BT.masked_fill(~sampled_BT.isfinite(), 0), step.mask_BT)
     return (step.advantages_BT >= 0) | (mean_drops_B1 <= threshold)
 
 
@@ -349,7 +353,7 @@ def policy_loss(
         losses_BT = losses_BT * factors_BT
     kl_BT = None
     if options.beta:
-        kl_BT = kl_estimates(step.logps_BT, clean_logps(inputs.ref_logps_BT, step.mask_BT).detach())
+        kl_BT = kl_estimates(step.logps_BT, clean_logps(inputs.ref_logps_BT, step.mask_BT))
         if options.use_bias_correction_kl:
             kl_BT = kl_BT * step.ratios_BT
         kl_BT = kl_BT.masked_fill(~step.mask_BT, 0)

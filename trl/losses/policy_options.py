@@ -1,5 +1,5 @@
 """
-The settings of the policy losses, and what is wrong with a combination of them.
+The settings of policy losses and advantages, and what is wrong with a combination of them.
 
 They are checked where they are made, before any model is loaded. Nothing here needs torch.
 """
@@ -7,7 +7,9 @@ They are checked where they are made, before any model is loaded. Nothing here n
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from ..choices import check_choice
@@ -17,6 +19,8 @@ POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"
 # `trajectory` is of RLOO, which has no setting for it.
 RATIO_LEVELS = ("token", "sequence", "trajectory")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+SCALE_REWARDS = ("group", "batch", "none")
+MULTI_OBJECTIVE_AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 ENGINE_CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 # These compare the ratio with 1 − epsilon and 1 + epsilon_high; the other losses bound it in their own ways.
@@ -241,3 +245,39 @@ class PolicyLossOptions:
     @staticmethod
     def _warn(message: str) -> None:
         warnings.warn(message, stacklevel=5)
+
+
+# ---- Of advantages ----
+
+
+def normalize_scale_rewards(scale_rewards: str | bool) -> str:
+    """
+    One name of `SCALE_REWARDS`; `True` is `"group"` and `False` is `"none"`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(scale_rewards, bool):
+        return "group" if scale_rewards else "none"
+    check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
+    return scale_rewards
+
+
+def check_reward_clip_range(reward_clip_range: Sequence[float] | None) -> None:
+    """
+    Refuse what is not a lowest and a highest reward.
+
+    Raises:
+        ValueError: unless it is two numbers in order, or `None`.
+    """
+    if reward_clip_range is None:
+        return
+    if not isinstance(reward_clip_range, Sequence) or len(reward_clip_range) != 2:
+        raise ValueError(
+            f"`reward_clip_range` is two numbers, (lowest, highest), or None. Found {reward_clip_range!r}."
+        )
+    low, high = reward_clip_range
+    if not all(isinstance(bound, Real) for bound in reward_clip_range) or not low < high:
+        raise ValueError(
+            f"`reward_clip_range` is (lowest, highest), the first below the second. Found ({low!r}, {high!r})."
+        )
