@@ -212,7 +212,24 @@ import torch
 from tests.trainer.test_preference_invariants import SETTINGS, PAIRS, ROWS, make_dpo_trainer, make_kto_trainer, step_losses, trained_weights
 from datasets import Dataset
 
-method, layout, batch_size, accumulation, output_dir = sys.argv[1:]
+method, layout, batch_size, accumulation, output_dir, sharded = sys.argv[1:]
+if sharded == "fsdp2":
+    # Accelerate leaves CPU processes out of FSDP, so they go by another name.
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    plain_init = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        plain_init(self, *args, **kwargs)
+        if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+    SETTINGS |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {
+        "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT",
+    }}
 make, rows = {"dpo": (make_dpo_trainer, PAIRS), "kto": (make_kto_trainer, ROWS)}[method]
 trainer = make(
     output_dir, rows, layout=layout, per_device_train_batch_size=int(batch_size),
@@ -221,7 +238,10 @@ trainer = make(
 )
 trainer.train()
 process = trainer.accelerator.process_index
-torch.save(trained_weights(trainer.accelerator.unwrap_model(trainer.model)), f"{output_dir}/weights_{process}.pt")
+weights = trained_weights(trainer.accelerator.unwrap_model(trainer.model))
+assert all(hasattr(value, "full_tensor") == (sharded == "fsdp2") for value in weights.values())
+weights = {name: value.full_tensor() if sharded == "fsdp2" else value for name, value in weights.items()}
+torch.save(weights, f"{output_dir}/weights_{process}.pt")
 metrics = trainer.evaluate()
 if process == 0:
     Path(output_dir, "result.json").write_text(json.dumps({
@@ -232,15 +252,21 @@ if process == 0:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "layout", "cut"),
-    [("dpo", "padded", (3, 1)), ("dpo", "shared_prefix", (1, 3)), ("dpo", "auto", (3, 1)), ("kto", "auto", (3, 1))],
+    ("method", "layout", "cut", "sharded"),
+    [
+        ("dpo", "padded", (3, 1), "no"),
+        ("dpo", "shared_prefix", (1, 3), "no"),
+        ("dpo", "auto", (3, 1), "fsdp2"),
+        ("kto", "auto", (3, 1), "no"),
+        ("kto", "auto", (3, 1), "fsdp2"),
+    ],
 )
-def test_two_processes_agree(tmp_path, expected_dpo, expected_kto, method, layout, cut):
+def test_two_processes_agree(tmp_path, expected_dpo, expected_kto, method, layout, cut, sharded):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     finished = subprocess.run(
-        [*command, method, layout, *map(str, cut), str(tmp_path)],
+        [*command, method, layout, *map(str, cut), str(tmp_path), sharded],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=300,
