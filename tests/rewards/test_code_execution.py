@@ -107,6 +107,19 @@ def test_input_and_output():
     assert run("import sys\nprint(len(sys.stdin.read()))\nsys.exit()", {"input": "é\n" * 3, "output": "6"})[0] == 1.0
 
 
+def test_expected_output_is_not_there():
+    """A program that looks through everything it was started with does not find what it should print."""
+    program = """
+import sys
+frame, seen = sys._getframe().f_back, ""
+while frame:
+    seen += str(frame.f_locals)
+    frame = frame.f_back
+print("an_input" in seen, "an_" + "output" in seen)
+"""
+    assert run(program, {"input": "an_input", "output": "True False"}, {"input": "", "output": "an_output"})[0] == 0.5
+
+
 def test_tests_are_apart():
     """Each test runs the program anew: what one leaves behind, in memory or in files, the next does not find."""
     program = "import os\nseen = []\nfiles = os.listdir('.')\nopen('left', 'w').close()"

@@ -74,7 +74,7 @@ def _copy_eos_token(
     tokenizer.eos_token = source.eos_token
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # a classifier has none
         model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 

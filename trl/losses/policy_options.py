@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from ..choices import check_choice
-from .preference_options import _check_number
+from ..choices import check_choice, check_number
 
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 # `trajectory` is of RLOO, which has no setting for it.
@@ -161,30 +160,30 @@ class PolicyLossOptions:
 
     def _check_numbers(self) -> None:
         for name in ("epsilon", "beta", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
-            _check_number(name, getattr(self, name), "a number of at least 0", _at_least(0))
+            check_number(name, getattr(self, name), "a number of at least 0", _at_least(0))
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
-            _check_number(name, getattr(self, name), "a number above 0", lambda value: value > 0)
+            check_number(name, getattr(self, name), "a number above 0", lambda value: value > 0)
         if self.epsilon_high is not None:
-            _check_number("epsilon_high", self.epsilon_high, "a number of at least 0, or None", _at_least(0))
+            check_number("epsilon_high", self.epsilon_high, "a number of at least 0, or None", _at_least(0))
         if self.delta is not None:
-            _check_number("delta", self.delta, "a number above 0, or None", lambda value: value > 0)
+            check_number("delta", self.delta, "a number above 0, or None", lambda value: value > 0)
         if self.off_policy_mask_threshold is not None:
-            _check_number("off_policy_mask_threshold", self.off_policy_mask_threshold, "a finite number, or None")
+            check_number("off_policy_mask_threshold", self.off_policy_mask_threshold, "a finite number, or None")
         if self.loss_type == "dr_grpo":
             if self.max_completion_length is None:
                 raise ValueError(
                     "`loss_type='dr_grpo'` divides by `max_completion_length`, which is None. Set it to the longest "
                     "completion that may be sampled, or choose 'dapo', which divides by the tokens that were."
                 )
-            _check_number("max_completion_length", self.max_completion_length, "a number above 0", lambda n: n > 0)
+            check_number("max_completion_length", self.max_completion_length, "a number above 0", lambda n: n > 0)
 
     def _check_entropy(self) -> None:
-        _check_number(
+        check_number(
             "top_entropy_quantile", self.top_entropy_quantile, "a number from 0 to 1", lambda value: 0 <= value <= 1
         )
         for name in ("entropy_coef", "entropy_target", "entropy_coef_min", "entropy_coef_max"):
-            _check_number(name, getattr(self, name), "a finite number")
-        _check_number("entropy_coef_delta", self.entropy_coef_delta, "a number of at least 0", _at_least(0))
+            check_number(name, getattr(self, name), "a finite number")
+        check_number("entropy_coef_delta", self.entropy_coef_delta, "a number of at least 0", _at_least(0))
         if self.use_adaptive_entropy and self.entropy_coef_min > self.entropy_coef_max:
             raise ValueError(
                 f"`entropy_coef_min={self.entropy_coef_min}` is above `entropy_coef_max={self.entropy_coef_max}`: no "
@@ -195,7 +194,7 @@ class PolicyLossOptions:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         for name, value in (("clip_min", low), ("clip_max", high)):
             if value is not None:
-                _check_number(
+                check_number(
                     f"vllm_importance_sampling_{name}", value, "a number of at least 0, or None", _at_least(0)
                 )
         if low is not None and high is not None and low >= high:

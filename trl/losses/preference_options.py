@@ -6,14 +6,12 @@ They are checked where they are made, before any model is loaded. Nothing here n
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
-from ..choices import check_choice
+from ..choices import check_choice, check_number
 
 PREFERENCE_LOSS_TYPES = (
     "sigmoid",
@@ -43,11 +41,6 @@ LOSSES_OF_SORTED_BATCHES = ("aot", "aot_unpaired")
 
 def _is_share(value: float) -> bool:
     return 0 <= value <= 1
-
-
-def _check_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool] = lambda value: True) -> None:
-    if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"`{name}` is {allowed}. Found {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -118,11 +111,11 @@ class PreferenceLossOptions:
         return [name for name in self.loss_type if name in names]
 
     def _check_numbers(self) -> None:
-        _check_number("beta", self.beta, "a number above 0", lambda value: value > 0)
-        _check_number("discopop_tau", self.discopop_tau, "a number above 0", lambda value: value > 0)
-        _check_number("f_alpha_divergence_coef", self.f_alpha_divergence_coef, "a finite number")
+        check_number("beta", self.beta, "a number above 0", lambda value: value > 0)
+        check_number("discopop_tau", self.discopop_tau, "a number above 0", lambda value: value > 0)
+        check_number("f_alpha_divergence_coef", self.f_alpha_divergence_coef, "a finite number")
         if self.ld_alpha is not None:
-            _check_number("ld_alpha", self.ld_alpha, "a number from 0 to 1, or None", _is_share)
+            check_number("ld_alpha", self.ld_alpha, "a number from 0 to 1, or None", _is_share)
         if self.loss_weights is None:
             return
         if len(self.loss_weights) != len(self.loss_type):
@@ -131,11 +124,11 @@ class PreferenceLossOptions:
                 f"{len(self.loss_type)} loss types {list(self.loss_type)}; give one weight for each."
             )
         for weight in self.loss_weights:
-            _check_number("loss_weights", weight, "a list of finite numbers")
+            check_number("loss_weights", weight, "a list of finite numbers")
 
     def _check_label_smoothing(self) -> None:
         smoothing = self.label_smoothing
-        _check_number("label_smoothing", smoothing, "a probability, from 0 to 1", _is_share)
+        check_number("label_smoothing", smoothing, "a probability, from 0 to 1", _is_share)
         if "exo_pair" in self.loss_type and not 0 < smoothing < 1:
             raise ValueError(
                 f"`loss_type='exo_pair'` takes the logarithm of `label_smoothing`, which has to be above 0 and below 1. "

@@ -225,9 +225,8 @@ class RewardSuite:
             return self._fail(source, f"{MAX_ABANDONED} earlier calls of it are still running", None, expected)
         result = call.wait()
         if isinstance(result.error, RewardTimeoutError):
-            if source.is_async:
-                self._loop.replace_if_blocked()
-            elif not call.done.is_set():
+            self._loop.replace_if_blocked()
+            if not source.is_async and not call.done.is_set():
                 source.abandoned.append(call)
         if result.error is not None:
             what = f"{type(result.error).__name__}: {result.error}"

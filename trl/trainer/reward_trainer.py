@@ -244,14 +244,9 @@ class RewardTrainer(PreferenceTrainer):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Chat template, end-of-sequence and pad token, as configured. The model finds a row's end by the pad token."""
         if args.chat_template_path is not None:
-            # A classifier generates nothing, so it may have no such config; cloning asks for it.
-            model.generation_config = getattr(model, "generation_config", None)
             model, processing_class, added = apply_chat_template_path(args.chat_template_path, model, processing_class)
-            if peft_config is not None and added:
-                trained_modules = peft_config.modules_to_save
-                peft_config.modules_to_save = ["lm_head"]  # said, so that no output head is asked for: there is none
-                train_added_tokens(peft_config, added)
-                peft_config.modules_to_save = trained_modules
+            if peft_config is not None:
+                train_added_tokens(peft_config, added, head=None)
         if args.eos_token is not None:
             set_eos_token(processing_class, model, args.eos_token)
         set_pad_token(processing_class, model, args.pad_token)

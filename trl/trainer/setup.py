@@ -210,8 +210,11 @@ def apply_chat_template_path(
     return clone_chat_template(model, processing_class, path)
 
 
-def train_added_tokens(peft_config: PeftConfig, added_token_ids: list[int]) -> None:
-    """Make an adapter learn the embeddings of added tokens too: frozen, they would stay random."""
+def train_added_tokens(peft_config: PeftConfig, added_token_ids: list[int], head: str | None = "lm_head") -> None:
+    """
+    Make an adapter learn the embeddings of added tokens too, and the output `head` where there is one: frozen, they
+    would stay random.
+    """
     if not added_token_ids:
         return
     indices = getattr(peft_config, "trainable_token_indices", None)
@@ -223,9 +226,9 @@ def train_added_tokens(peft_config: PeftConfig, added_token_ids: list[int]) -> N
     known.extend(token_id for token_id in added_token_ids if token_id not in known)
     peft_config.trainable_token_indices = indices
     modules_to_save = list(peft_config.modules_to_save or [])
-    if "lm_head" not in modules_to_save:
+    if head is not None and head not in modules_to_save:
         warnings.warn(
-            "The cloned chat template added tokens, so the output head (`lm_head`) is trained and saved along with the "
+            f"The cloned chat template added tokens, so the output head (`{head}`) is trained and saved along with the "
             "adapter. Add it to `modules_to_save` yourself to silence this warning."
         )
-        peft_config.modules_to_save = [*modules_to_save, "lm_head"]
+        peft_config.modules_to_save = [*modules_to_save, head]
