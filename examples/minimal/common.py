@@ -139,3 +139,9 @@ def update(model, optimizer, scheduler, max_grad_norm: float) -> None:
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
+
+
+def save(model, tokenizer, folder: str) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"saved to {folder}")

@@ -14,7 +14,7 @@ import argparse
 import copy
 
 import torch
-from common import load, make_optimizer, make_parser, make_words, plan_steps, split_off, update
+from common import load, make_optimizer, make_parser, make_words, plan_steps, save, split_off, update
 from dpo import answer_logps, collate, encode_answers
 
 
@@ -144,9 +144,7 @@ def main(argv: list[str] | None = None) -> dict:
     if held_out:
         result.update(evaluate(model, reference, held_out, args, tokenizer.pad_token_id))
         print(f"held-out loss {result['eval_loss']:.4f}, reward margin {result['eval_margin']:.3f}")
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    print(f"saved to {args.output}")
+    save(model, tokenizer, args.output)
     return result
 
 

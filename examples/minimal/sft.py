@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import load, make_optimizer, make_parser, make_words, plan_steps, split_off, update
+from common import load, make_optimizer, make_parser, make_words, plan_steps, save, split_off, update
 from torch.nn.functional import cross_entropy
 
 IGNORED = -100  # label of a token that is read but not trained
@@ -135,9 +135,7 @@ def main(argv: list[str] | None = None) -> dict:
     if held_out:
         result["eval_loss"] = evaluate(model, held_out, args.batch_size, tokenizer.pad_token_id)
         print(f"held-out loss {result['eval_loss']:.4f}")
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    print(f"saved to {args.output}")
+    save(model, tokenizer, args.output)
     return result
 
 
