@@ -558,8 +558,11 @@ def test_reward_model(classifier_path, tokenizer, conversational, batch_size):
         whole = [p + c for p, c in zip(prompts, completions, strict=True)]
         texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in whole]
     masks = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
     table = suite.score(prompts, completions, IDS)
+    hook.remove()
     assert [len(mask) for mask in masks] == ([3] if batch_size is None else [2, 1])
     assert masks[0][:, 0].all() and not masks[0][:, -1].all()  # padded, on the right
     for text, value in zip(texts, table.values_FN[0].tolist(), strict=True):
