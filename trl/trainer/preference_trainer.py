@@ -39,6 +39,7 @@ from .setup import (
     resolve_processing_class,
     set_pad_token,
 )
+from .step_counts import StepCountsMixin
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -52,7 +53,7 @@ logger = logging.get_logger(__name__)
 REFERENCE_DIR = "reference_model"
 
 
-class PreferenceTrainer(_BaseTrainer):
+class PreferenceTrainer(StepCountsMixin, _BaseTrainer):
     """
     Base of methods whose loss is a sum over pairs, rows or tokens, divided by their number in the whole step.
 
@@ -65,7 +66,6 @@ class PreferenceTrainer(_BaseTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # says the same to Transformers before 5.19
-        self._step_counts: dict[str, Tensor] = {}
 
     def count_items(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """What the loss of a collated batch is divided by, as scalar tensors by unit, e.g. `{"pairs": ...}`."""
@@ -73,39 +73,16 @@ class PreferenceTrainer(_BaseTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count the units of an optimizer step, over its micro-batches and all processes; returns the first kind."""
-        totals: dict[str, Tensor] = {}
-        for batch in batch_samples:
-            for unit, count in self.count_items(batch).items():
-                totals[unit] = totals.get(unit, 0) + count.to(device)
-        if not totals:
+        counts = self.count_step(map(self.count_items, batch_samples), device)
+        if not counts:
             return None
-        counts = torch.stack([count.double() if device.type != "mps" else count.float() for count in totals.values()])
-        counts = self.accelerator.reduce(counts, reduction="sum") / max(self.get_tp_size(), 1)
-        self._step_counts = dict(zip(totals, counts, strict=True))
-        if self.model.training and self.is_in_train and not counts[0]:
+        first = next(iter(counts.values()))
+        if self.model.training and self.is_in_train and not first:
             raise ValueError(
                 f"Step {self.state.global_step + 1} has nothing to learn from: its rows have no completion token. "
                 "Check the completions and `max_length`."
             )
-        return counts[0]
-
-    def normalize(self, total: Tensor, unit: str, counts: dict[str, Tensor], over_step: bool) -> Tensor:
-        """
-        Divide a micro-batch's sum of losses.
-
-        Args:
-            total: the sum, scalar.
-            unit: what it is a sum over.
-            counts: number of each unit in this micro-batch.
-            over_step: divide by the number in the whole optimizer step, such that the mean that the base class takes
-                over micro-batches, and the backends over processes, gives the sum over the step divided by it.
-        """
-        if not over_step:
-            return total / counts[unit].clamp(min=1)
-        processes = self.accelerator.num_processes // max(self.get_tp_size(), 1)
-        # In the loss's own precision: a float64 count would make a float64 loss.
-        count = self._step_counts[unit].clamp(min=1).to(total.dtype)
-        return total / count * (self.current_gradient_accumulation_steps * processes)
+        return first
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
