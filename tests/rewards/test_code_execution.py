@@ -328,7 +328,7 @@ def test_without_protections_limits_remain(monkeypatch, tmp_path):
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="`time_limit_s` is above 0"):
+    with pytest.raises(ValueError, match="`time_limit_s` is a number above 0"):
         get_code_execution_reward(time_limit_s=0)
     with pytest.raises(ValueError, match="column 'checks', and the dataset has none"):
         get_code_execution_reward(tests_column="checks")([fenced("a")], tests=["a"])

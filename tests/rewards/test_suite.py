@@ -86,6 +86,7 @@ def test_names():
         ({"functions": [length], "processing_classes": [None, None]}, ValueError, "`reward_processing_classes` has 2"),
         ({"functions": [length], "time_limits": [1.0, None]}, ValueError, "`time_limits` has 2"),
         ({"functions": [length], "time_limits": 0}, ValueError, "above 0"),
+        ({"functions": [length], "weights": [NAN]}, ValueError, "`reward_weights` is a finite number"),
         ({"functions": [length], "on_error": "ignore"}, ValueError, "`on_error` is one of 'raise', 'count'"),
         ({"functions": [length, 3]}, TypeError, "Found a int: 3"),
     ],
@@ -583,6 +584,25 @@ def test_reward_model_object_with_its_tokenizer(classifier_path):
     suite.prepare_models(lambda model: prepared.append(model) or model.double())
     assert prepared == [model]
     assert score(suite).values_FN.shape == (2, 3)
+
+
+def test_reward_model_without_a_tokenizer(classifier_path):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(classifier_path)
+    config._name_or_path = ""
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(
+        ValueError, match="has no name to find a tokenizer by. Pass one in `reward_processing_classes`"
+    ):
+        RewardSuite(model)
+    assert RewardSuite(model, processing_classes=build_tokenizer()).names == ["LlamaForSequenceClassification"]
+
+
+def test_no_completions():
+    table = RewardSuite([length, async_length]).score([], [], [])
+    assert table.values_FN.shape == (2, 0)
+    assert table.totals_N().shape == (0,)
 
 
 def test_reward_model_has_no_limit_and_no_policy(classifier_path, monkeypatch):

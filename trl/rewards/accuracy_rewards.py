@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..choices import check_number
 from ..import_utils import is_math_verify_available
 from .math_verification import MathVerdict, default_verifier
 from .texts import completion_text
@@ -188,8 +189,7 @@ def get_cosine_scaled_reward(
     [0.75]
     ```
     """
-    if max_len <= 0:
-        raise ValueError(f"`max_len` is a number of tokens, at least 1. Found {max_len}.")
+    check_number("max_len", max_len, "a number of tokens, at least 1", lambda tokens: tokens >= 1)
     return _CosineScaledReward(
         max_len, wrong=(min_value_wrong, max_value_wrong), correct=(max_value_correct, min_value_correct)
     )

@@ -27,6 +27,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..choices import check_number
 from .texts import completion_text
 
 __all__ = ["code_execution_reward", "get_code_execution_reward"]
@@ -314,8 +315,7 @@ def get_code_execution_reward(
         "output_limit_kb": output_limit_kb,
     }
     for name, value in settings.items():
-        if not value > 0:
-            raise ValueError(f"`{name}` is above 0. Found {value!r}.")
+        check_number(name, value, "a number above 0", lambda number: number > 0)
     limits = _Limits(
         wall_s=time_limit_s,
         cpu_s=math.ceil(cpu_limit_s),

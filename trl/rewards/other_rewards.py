@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..choices import check_number
+
 __all__ = ["get_repetition_penalty_reward", "get_soft_overlong_punishment"]
 
 
@@ -91,8 +93,6 @@ def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0
     [-0.5]
     ```
     """
-    if max_penalty > 0:
-        raise ValueError(f"`max_penalty` is a penalty: 0 or negative. Found {max_penalty}.")
-    if ngram_size < 1:
-        raise ValueError(f"`ngram_size` is a number of tokens, at least 1. Found {ngram_size}.")
+    check_number("max_penalty", max_penalty, "a penalty, 0 or negative", lambda penalty: penalty <= 0)
+    check_number("ngram_size", ngram_size, "a number of tokens, at least 1", lambda size: size >= 1)
     return _RepetitionPenalty(ngram_size, max_penalty)

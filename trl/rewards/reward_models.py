@@ -41,7 +41,7 @@ class RewardModel:
             model = _load_classifier(model, dict(model_init_kwargs or {}))
         self.model = model
         self.name = get_config_model_id(model.config).rstrip("/").split("/")[-1] or type(model).__name__
-        self.tokenizer = processing_class or load_processing_class(get_config_model_id(model.config), text_only=True)
+        self.tokenizer = processing_class or self._load_tokenizer()
         if self.tokenizer.pad_token_id is None:
             if self.tokenizer.eos_token is None:
                 raise ValueError(
@@ -53,6 +53,15 @@ class RewardModel:
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.batch_size = batch_size
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        model_id = get_config_model_id(self.model.config)
+        if not model_id:
+            raise ValueError(
+                f"The reward model {self.name} was made in memory and has no name to find a tokenizer by. Pass one in "
+                "`reward_processing_classes`."
+            )
+        return load_processing_class(model_id, text_only=True)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """The values of completions, given their prompts; both text, or both messages."""

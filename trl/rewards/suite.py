@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..choices import check_choice
+from ..choices import check_choice, check_number
 from .calls import MAX_ABANDONED, Collected, RewardCall, RewardTimeoutError
 from .environments import environment_reward
 from .event_loop import EventLoopThread
@@ -121,8 +121,9 @@ class RewardSuite:
             policies.append(on_error if isinstance(on_error, str) else "raise")
         self.names: list[str] = unique_names(names)
         self.weights_F: Tensor = torch.tensor(weights, dtype=torch.float32)
-        for policy in policies:
+        for policy, weight in zip(policies, weights, strict=True):
             check_choice("on_error", policy, ON_ERROR)
+            check_number("reward_weights", weight, "a finite number for each function")
         limits = [
             _check_limit(name, call, limit, isinstance(time_limits, (list, tuple)))
             for name, call, limit in zip(self.names, calls, limits, strict=True)
@@ -321,8 +322,7 @@ def _check_limit(name: str, function: Callable[..., Any], limit_s: float | None,
     """The time limit of a function. One meant for all leaves models out."""
     if limit_s is None:
         return None
-    if not limit_s > 0:
-        raise ValueError(f"A time limit is a number of seconds above 0. Found {limit_s!r} for {name!r}.")
+    check_number(f"time_limits (of {name})", limit_s, "a number of seconds above 0", lambda seconds: seconds > 0)
     if not isinstance(function, RewardModel):
         return float(limit_s)
     if is_its_own:
