@@ -288,6 +288,10 @@ class TestLimits:
         assert (rollout.tool_calls, rollout.turns) == (1, 1)
         assert not rollout.is_truncated
 
+    def test_an_empty_turn_adds_no_message(self, converse):
+        [rollout] = converse([[tool_call("add", a=12, b=30)], [[]]]).rollouts
+        assert [message["role"] for message in rollout.completion] == ["assistant", "tool"]
+
     def test_results_that_just_fit_leave_nothing_to_say(self, converse):
         call, result, _, _ = self.lengths(converse)
         script = [[tool_call("add", a=12, b=30)], ["the answer is 42."]]

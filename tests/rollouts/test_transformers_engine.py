@@ -104,8 +104,9 @@ def test_the_generators_state_decides(make, tiny_model):
     assert [sample(), sample()] == [first, second]
 
 
-def test_a_seed_leaves_the_generator_alone(tiny_model):
-    engine, sampling = make_engine(tiny_model), SamplingParams(max_completion_length=8, seed=5)
+@pytest.mark.parametrize("make", [make_engine, make_batching_engine])
+def test_a_seed_leaves_the_generator_alone(make, tiny_model):
+    engine, sampling = make(tiny_model), SamplingParams(max_completion_length=8, seed=5)
     state = torch.get_rng_state()
     first = engine.generate(PROMPTS, sampling)
     assert torch.equal(torch.get_rng_state(), state)

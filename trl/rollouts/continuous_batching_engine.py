@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 
-from .transformers_engine import TransformersEngine, make_generation_config, room_for_completion
+from .transformers_engine import TransformersEngine, forked_generators, make_generation_config, room_for_completion
 from .types import Prompt, Rollout, SamplingParams, as_prompts
 
 DEFAULT_MEMORY_SHARE = 0.5
@@ -76,12 +76,15 @@ class ContinuousBatchingEngine(TransformersEngine):
         with self._ready_model() as model, weights_in(model, self.dtype, self.keep_in_fp32):
             if not rows:
                 return []
-            outputs = model.generate_batch(
-                [prompt.ids for prompt in rows],
-                generation_config=self._batch_generation_config(rows, sampling),
-                continuous_batching_config=self._batching_config(sampling),
-                progress_bar=False,
-            )
+            batching = self._batching_config(sampling)
+            # It seeds the process's generator with the seed it is given, which training goes on with.
+            with forked_generators(model):
+                outputs = model.generate_batch(
+                    [prompt.ids for prompt in rows],
+                    generation_config=self._batch_generation_config(rows, sampling),
+                    continuous_batching_config=batching,
+                    progress_bar=False,
+                )
         results = list(outputs.values())
         if len(results) != len(rows):
             raise RuntimeError(

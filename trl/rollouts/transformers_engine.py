@@ -278,12 +278,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
-    """Inside the block torch's generators start from `seed`; afterwards they go on as if it had not been."""
+    """Inside the block torch's generators start from `seed`, if there is one; afterwards they go on as if not."""
     if seed is None:
         yield
         return
-    device = model.device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with forked_generators(model):
         torch.manual_seed(seed)
         yield
+
+
+def forked_generators(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Whatever the block does to torch's generators, of the processor and of the model's device, is undone after it."""
+    return torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [])
