@@ -8,8 +8,12 @@ from tests.data.test_tool_formats import chat, tokenizer_of
 from trl.data.tool_formats import add_response_schema
 from trl.rollouts.types import Rollout, as_prompts
 
-TEMPLATE = "{% if tools %}{{ '<|im_start|>system\nTools: ' ~ (tools | tojson) ~ '<|im_end|>\n' }}{% endif %}" + chat(
-    "{{ '<tool_call>\n{\"name\": \"' ~ name ~ '\", \"arguments\": ' ~ (arguments | tojson) ~ '}\n</tool_call>' }}"
+# Mentions a key of messages by name, as templates do that ask whether it is defined.
+TEMPLATE = (
+    "{% if messages[0].tool_calls is defined %}{{ 'defined' }}{% endif %}{% if tools %}{{ '<|im_start|>system\nTools: ' ~ (tools | tojson) ~ '<|im_end|>\n' }}{% endif %}"
+    + chat(
+        "{{ '<tool_call>\n{\"name\": \"' ~ name ~ '\", \"arguments\": ' ~ (arguments | tojson) ~ '}\n</tool_call>' }}"
+    )
 )
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from tests.conftest import build_model
 from tests.rollouts.helpers import ScriptedEngine, build_tool_tokenizer, tool_call
@@ -370,6 +371,18 @@ class TestWithoutTools:
         conversations = Conversations(engine, tool_tokenizer, eos_token_ids=[tool_tokenizer.eos_token_id])
         [rollout] = conversations.generate([ROW], SAMPLING)
         assert rollout.completion == [{"role": "assistant", "reasoning_content": "hm", "content": "blue"}]
+
+    def test_keys_that_the_dataset_filled_up_do_not_count(self, converse):
+        """Arrow gives all messages the same keys; a template that asks whether a key is defined must not see them."""
+        messages = [
+            {"role": "user", "content": "1 plus 1?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+            {"role": "tool", "name": "add", "content": "2"},
+        ]
+        rows = Dataset.from_list([{"prompt": messages}])
+        assert rows[0]["prompt"][0]["tool_calls"] is None
+        filled, plain = converse([["2", "2"]], [rows[0], {"prompt": messages}]).rollouts
+        assert filled.prompt_ids == plain.prompt_ids
 
     def test_template_variables_arrive(self, tokenizer):
         tokenizer.chat_template = "{{ mood }}: {{ messages[0].content }}"

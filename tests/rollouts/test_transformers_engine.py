@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tests.conftest import build_model
 from trl.ops.scoring import score_tokens
 from trl.rollouts.continuous_batching_engine import ContinuousBatchingEngine
-from trl.rollouts.transformers_engine import TransformersEngine, cut_after_eos
+from trl.rollouts.transformers_engine import TransformersEngine, cut_after_eos, stop_token_ids
 from trl.rollouts.types import Prompt, RolloutEngine, SamplingParams
 
 PAD, EOS = 0, 1
@@ -180,6 +180,15 @@ def test_no_length_means_the_context(tiny_model):
     with pytest.raises(ValueError, match="no room for a completion in a context of 8"):
         engine.generate([[5] * 8], SamplingParams(max_completion_length=None))
     assert make_engine(tiny_model).max_model_length == 512
+
+
+@pytest.mark.parametrize(
+    ("of_the_model", "expected"), [(None, [2]), (5, [2, 5]), ([5, 6], [2, 5, 6]), ([5, 2], [5, 2]), (2, [2])]
+)
+def test_stop_tokens_are_the_models_and_the_tokenizers(tiny_model, tokenizer, of_the_model, expected):
+    assert tokenizer.eos_token_id == 2
+    tiny_model.generation_config.eos_token_id = of_the_model
+    assert stop_token_ids(tiny_model, tokenizer) == expected
 
 
 def test_no_prompts_no_rollouts(tiny_model):

@@ -23,6 +23,7 @@ from transformers import ProcessorMixin
 from ..data.chat_templates import tokenize_conversation
 from ..data.formats import DatasetFormatError
 from ..data.template_rendering import Messages, ProcessingClass, inner_tokenizer
+from ..data.templating import drop_none_fields
 from ..data.tool_formats import parse_response
 from .environments import EnvironmentPool, append_observation, environment_tools
 from .image_prompts import encode_with_images, extend_model_inputs, images_in
@@ -248,6 +249,8 @@ class Conversations:
             "chat_template": self.chat_template,
             **self.chat_template_kwargs,
         }
+        if not isinstance(prompt, str):
+            prompt = drop_none_fields(prompt)
         if images or images_in(prompt):
             return encode_with_images(self.processing_class, prompt, images, **options)
         if isinstance(prompt, str):

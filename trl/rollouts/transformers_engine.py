@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..distributed import DistributedBackend
 from ..models.generation import unwrap_model_for_generation
@@ -253,6 +253,15 @@ def cut_after_eos(ids: list[int], eos_token_ids: Iterable[int]) -> list[int]:
         if token in stops:
             return ids[: index + 1]
     return ids
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: those of the model's generation config, and the tokenizer's, in front if it is new."""
+    config = getattr(model, "generation_config", None)
+    given = getattr(config, "eos_token_id", None)
+    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+    own = tokenizer.eos_token_id
+    return ids if own is None or own in ids else [own, *ids]
 
 
 def context_length(model: nn.Module) -> int | None:
