@@ -5,6 +5,7 @@ Plain Python helpers: names of callables, an event loop in a thread, cleaning ro
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import inspect
 import threading
@@ -88,7 +89,7 @@ def shutdown_event_loop_in_daemon(
         pending = asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
         try:
             pending.result(timeout)
-        except TimeoutError:  # a task that refuses to be cancelled must not hold up the program's end
+        except concurrent.futures.TimeoutError:  # a task that refuses to be cancelled must not hold up the program's end
             pending.cancel()
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout)

@@ -79,6 +79,8 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
         train_dataset = kwargs.get("train_dataset")
         if isinstance(train_dataset, IterableDataset):
             self._use_local_batches(config)
+        if config.device.type == "cpu":
+            config.dataloader_pin_memory = False  # there is no device to copy to, only a warning
         self._preflight_reports: list[DatasetReport] = getattr(self, "_preflight_reports", [])
         super().__init__(*args, **kwargs)
         self.doctor = install_doctor(self.callback_handler)
