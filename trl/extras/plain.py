@@ -89,7 +89,9 @@ def shutdown_event_loop_in_daemon(
         pending = asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
         try:
             pending.result(timeout)
-        except concurrent.futures.TimeoutError:  # a task that refuses to be cancelled must not hold up the program's end
+        except (
+            concurrent.futures.TimeoutError
+        ):  # a task that refuses to be cancelled must not hold up the program's end
             pending.cancel()
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout)
