@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from numbers import Real
 
+# Ways to lay a batch out; see `trl.ops.layouts`.
+LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
+
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """

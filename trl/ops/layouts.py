@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from ..choices import LAYOUTS
 from .shared_prefix import Arrangement, SharedRows, Sight, arrange, block_mask, dense_mask, find_shared
 
 IGNORE_INDEX = -100
-LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 # What a collator adds for flash attention; made anew here, so that padding at the end is one document.
 _VARLEN_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # Attention that computes what a mask leaves out, and throws it away.

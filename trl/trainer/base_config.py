@@ -21,6 +21,8 @@ from transformers.utils import (
     logging,
 )
 
+from ..choices import LAYOUTS, check_choice
+
 logger = logging.get_logger(__name__)
 
 # What these accept besides JSON is a path, which TrainingArguments resolves.
@@ -146,12 +148,11 @@ class _BaseConfig(TrainingArguments):
 
 
 @dataclass
-class _OfflineConfig(_BaseConfig):
-    """Fields of every method that trains on the completions of a dataset. Not for direct use."""
+class _ModelConfig(_BaseConfig):
+    """Fields of every method, whatever it trains on. Not for direct use."""
 
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
-    # --- Model ---
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -163,25 +164,97 @@ class _OfflineConfig(_BaseConfig):
         default=False,
         metadata={"help": "Allow model and tokenizer code from the Hub repository to run on this machine."},
     )
-
-    # --- Data ---
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
-    max_length: int | None = field(
-        default=1024,
-        metadata={"help": "Longest prompt with completion, in tokens; longer ones are cut. None: no limit."},
-    )
     pad_to_multiple_of: int | str | None = field(
         default="auto",
         metadata={"help": "Round the padded length up to a multiple of this. `auto`: 128 on Neuron, else none."},
     )
 
-    # --- Training ---
+    def __post_init__(self):
+        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
+        super().__post_init__()
+
+
+@dataclass
+class _OfflineConfig(_ModelConfig):
+    """Fields of every method that trains on the completions of a dataset. Not for direct use."""
+
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest prompt with completion, in tokens; longer ones are cut. None: no limit."},
+    )
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep activations in host memory between forward and backward."}
     )
 
     def __post_init__(self):
-        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` is at least 1 token, or None for no limit. Found {self.max_length}.")
         super().__post_init__()
+
+
+# ---- Fields that some methods have in common, whatever else they are ----
+
+
+@dataclass
+class _TemplateFields:
+    """Chat template and special tokens, of methods that may start from a base model."""
+
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to take a chat template from: a `.jinja` file, or a tokenizer's name or folder (then its "
+            "special tokens are added as well and the embeddings resized)."
+        },
+    )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "Token that ends a turn or a text. By default the tokenizer's own."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Deprecated: set `pad_token` on the tokenizer that you pass in."}
+    )
+
+    def _check_template_fields(self) -> None:
+        if self.pad_token is not None:
+            warn_deprecated("`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`.")
+
+
+@dataclass
+class _PolicyFields:
+    """A policy, how its batches are laid out, and the reference that may follow it."""
+
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture-of-experts model. By default the model config's "
+            "own value; 0 turns it off."
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How a batch is laid out for the model. `padded`: a row for each completion; `packed`: completions "
+            "end to end, without padding; `shared_prefix`: a prompt once for all its completions; `auto`: what costs "
+            "least for the model and the batch. The numbers are the same.",
+            "choices": list(LAYOUTS),
+        },
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the reference follow the policy (TR-DPO, https://huggingface.co/papers/2404.09656), every "
+            "`ref_model_sync_steps` steps."
+        },
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={"help": "Share of the policy's weights in the new reference, the rest is the old one's."},
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two mixtures."})
+
+    def _check_policy_fields(self) -> None:
+        check_choice("layout", self.layout, LAYOUTS)
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"`ref_model_mixup_alpha` is a share, from 0 to 1. Found {self.ref_model_mixup_alpha}.")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"`ref_model_sync_steps` is at least 1. Found {self.ref_model_sync_steps}.")

@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..choices import check_choice
-from .base_config import _BaseConfig, resolve_pad_to_multiple_of, warn_deprecated
+from .base_config import _ModelConfig, _PolicyFields, warn_deprecated
 
-LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 VLLM_MODES = ("server", "colocate")
 VLLM_MODEL_IMPLS = ("vllm", "transformers")
 
 
 @dataclass
-class _OnlineConfig(_BaseConfig):
+class _OnlineConfig(_PolicyFields, _ModelConfig):
     """Fields of every method that samples completions. Not for direct use."""
 
     _VALID_DICT_FIELDS = [
-        *_BaseConfig._VALID_DICT_FIELDS,
-        "model_init_kwargs",
+        *_ModelConfig._VALID_DICT_FIELDS,
         "transformers_continuous_batching_config",
         "generation_kwargs",
         "chat_template_kwargs",
     ]
 
     # --- Model ---
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of `from_pretrained`, used when `model` is given as a name or path, as a "
-            "dictionary or JSON text."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Allow model and tokenizer code from the Hub repository to run on this machine."},
-    )
     disable_dropout: bool = field(
         default=False,
         metadata={"help": "Set the dropout of all layers to 0, so that old and new log-probs of a policy agree."},
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the load-balancing loss of a mixture-of-experts model. By default the model config's "
-            "own value; 0 turns it off."
-        },
     )
 
     # --- Data ---
@@ -64,10 +43,6 @@ class _OnlineConfig(_BaseConfig):
     )
     num_generations_eval: int | None = field(
         default=None, metadata={"help": "The same while evaluating. By default `num_generations`."}
-    )
-    pad_to_multiple_of: int | str | None = field(
-        default="auto",
-        metadata={"help": "Round the padded length up to a multiple of this. `auto`: 128 on Neuron, else none."},
     )
     chat_template_kwargs: dict | str | None = field(
         default=None,
@@ -180,29 +155,6 @@ class _OnlineConfig(_BaseConfig):
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not train on completions that reached `max_completion_length`."}
     )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "How a batch is laid out for the model. `padded`: a row for each completion; `packed`: completions "
-            "end to end, without padding; `shared_prefix`: a prompt once for all its completions; `auto`: what costs "
-            "least for the model and the batch. The numbers are the same.",
-            "choices": list(LAYOUTS),
-        },
-    )
-
-    # --- Reference ---
-    sync_ref_model: bool = field(
-        default=False,
-        metadata={
-            "help": "Let the reference follow the policy (TR-DPO, https://huggingface.co/papers/2404.09656), every "
-            "`ref_model_sync_steps` steps."
-        },
-    )
-    ref_model_mixup_alpha: float = field(
-        default=0.6,
-        metadata={"help": "Share of the policy's weights in the new reference, the rest is the old one's."},
-    )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two mixtures."})
 
     # --- Logging ---
     log_completions: bool = field(
@@ -218,13 +170,12 @@ class _OnlineConfig(_BaseConfig):
     log_multimodal: bool = field(default=True, metadata={"help": "Log images too."})
 
     def __post_init__(self):
-        self.pad_to_multiple_of = resolve_pad_to_multiple_of(self.pad_to_multiple_of)
         if self.use_transformers_paged:
             warn_deprecated("`use_transformers_paged` is an old name of `use_transformers_continuous_batching`.")
             self.use_transformers_continuous_batching = True
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_model_impl", self.vllm_model_impl, VLLM_MODEL_IMPLS)
-        check_choice("layout", self.layout, LAYOUTS)
+        self._check_policy_fields()
         super().__post_init__()
         self._check_training()
         self._resolve_generation_batch()
@@ -242,9 +193,8 @@ class _OnlineConfig(_BaseConfig):
                 "Context and sequence parallelism cut rows over devices, which completions of different lengths do not "
                 "allow. Turn them off in `parallelism_config`."
             )
-        for name in ("num_iterations", "ref_model_sync_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is at least 1. Found {getattr(self, name)}.")
+        if self.num_iterations < 1:
+            raise ValueError(f"`num_iterations` is at least 1. Found {self.num_iterations}.")
 
     def _resolve_generation_batch(self) -> None:
         """One of `generation_batch_size` and `steps_per_generation` follows from the other."""

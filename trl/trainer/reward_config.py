@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isfinite
 
-from .base_config import warn_deprecated
+from .base_config import _TemplateFields
 from .preference_config import _PreferenceConfig
 
 
 @dataclass
-class RewardConfig(_PreferenceConfig):
+class RewardConfig(_TemplateFields, _PreferenceConfig):
     """
     Arguments of [`RewardTrainer`]: those of `transformers.TrainingArguments`, and the fields below.
 
@@ -21,21 +21,7 @@ class RewardConfig(_PreferenceConfig):
         ValueError: for a value that cannot work, or a JSON field that is not JSON.
     """
 
-    # --- Model ---
-    chat_template_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where to take a chat template from: a `.jinja` file, or a tokenizer's name or folder (then its "
-            "special tokens are added as well and the embeddings resized)."
-        },
-    )
     # --- Data ---
-    eos_token: str | None = field(
-        default=None, metadata={"help": "Token that ends a turn or a text. By default the tokenizer's own."}
-    )
-    pad_token: str | None = field(
-        default=None, metadata={"help": "Deprecated: set `pad_token` on the tokenizer that you pass in."}
-    )
     max_length: int | None = field(
         default=1024,
         metadata={
@@ -43,6 +29,7 @@ class RewardConfig(_PreferenceConfig):
             "score would be that of another text. None: no limit."
         },
     )
+
     # --- Training ---
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
     center_rewards_coefficient: float | None = field(
@@ -54,8 +41,7 @@ class RewardConfig(_PreferenceConfig):
     )
 
     def __post_init__(self):
-        if self.pad_token is not None:
-            warn_deprecated("`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`.")
+        self._check_template_fields()
         coefficient = self.center_rewards_coefficient
         if coefficient is not None and not (isfinite(coefficient) and coefficient >= 0):
             raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..choices import check_choice
-from .base_config import _OfflineConfig, warn_deprecated
+from .base_config import _OfflineConfig, _TemplateFields, warn_deprecated
 
 LOSS_TYPES = ("nll", "dft")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
@@ -14,7 +14,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
 @dataclass
-class SFTConfig(_OfflineConfig):
+class SFTConfig(_TemplateFields, _OfflineConfig):
     """
     Arguments of [`SFTTrainer`]: those of `transformers.TrainingArguments`, and the fields below.
 
@@ -28,13 +28,6 @@ class SFTConfig(_OfflineConfig):
     _VALID_DICT_FIELDS = [*_OfflineConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
     # --- Model ---
-    chat_template_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where to take a chat template from: a `.jinja` file, or a tokenizer's name or folder (then its "
-            "special tokens are added as well and the embeddings resized)."
-        },
-    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -53,12 +46,6 @@ class SFTConfig(_OfflineConfig):
             "help": "Options of the dataset preparation. Known key: `skip_prepare_dataset` (True: the dataset is used "
             "as it is)."
         },
-    )
-    eos_token: str | None = field(
-        default=None, metadata={"help": "Token that ends a turn or a text. By default the tokenizer's own."}
-    )
-    pad_token: str | None = field(
-        default=None, metadata={"help": "Deprecated: set `pad_token` on the tokenizer that you pass in."}
     )
     max_length: int | None = field(
         default=1024,
@@ -96,6 +83,7 @@ class SFTConfig(_OfflineConfig):
         default=False,
         metadata={"help": "Lay a batch out as one row without padding. Same numbers as padded, less work."},
     )
+
     # --- Training ---
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
     loss_type: str = field(
@@ -126,8 +114,7 @@ class SFTConfig(_OfflineConfig):
         if self.packing_strategy == "bfd-requeue":
             warn_deprecated("`packing_strategy='bfd-requeue'` is an old name of `'bfd_split'`.")
             self.packing_strategy = "bfd_split"
-        if self.pad_token is not None:
-            warn_deprecated("`pad_token` is deprecated: set it on the tokenizer and pass that as `processing_class`.")
+        self._check_template_fields()
         if self.truncation_mode == "keep_end":
             warn_deprecated(
                 "`truncation_mode='keep_end'` is deprecated: cut the dataset yourself if you need its end."
