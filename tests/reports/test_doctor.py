@@ -598,13 +598,13 @@ def test_a_learning_rate_far_too_high_is_found(tmp_path, caplog):
 
 
 def test_dropout_at_the_start_is_found(tmp_path, caplog):
-    """Attention dropout of Llama is a number in the config, not a layer that `disable_dropout` could reach."""
+    """The policy drops out, the reference does not: `disable_dropout` is on by default for this."""
     model = build_model(attention_dropout=0.5)
     with torch.no_grad():
         model.lm_head.weight.mul_(50)  # predictions that depend on what is attended to
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(50)
-    watch(make_dpo_trainer(tmp_path, model=model, max_steps=1, learning_rate=0.0))
+    watch(make_dpo_trainer(tmp_path, model=model, max_steps=1, learning_rate=0.0, disable_dropout=False))
     assert len(warnings_of(caplog)) == 1 and "first_loss" in warnings_of(caplog)[0]
 
 

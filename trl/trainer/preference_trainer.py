@@ -294,7 +294,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         given = self._ref_model_given or set(self.reference_columns) <= self._columns_given
         # The ways of initialising LoRA in which it changes nothing yet.
         changes_nothing = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        return not given and self.args.disable_dropout and (peft_config is None or changes_nothing)
+        return not given and (peft_config is None or changes_nothing)
 
     @property
     def ref_model(self) -> nn.Module | None:
