@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.nn.functional import log_softmax
+from transformers import BitsAndBytesConfig
 
 from trl import DPOConfig, DPOTrainer
 from trl.models.reference import create_reference_model
@@ -155,6 +156,22 @@ def test_every_reference_gives_the_same_training(tmp_path, name):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert losses(name) == pytest.approx(losses(plain), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["copy", "lora", "given_lora"])
+def test_mixed_precision_reaches_policy_and_reference(tmp_path, name):
+    """Both compute in bfloat16, so they agree with each other before the first step, and not quite with float32."""
+    logps = {}
+    for bf16 in (False, True):
+        trainer = make_dpo_trainer(
+            tmp_path, make_pairs(6), max_steps=1, bf16=bf16, per_device_train_batch_size=6, **reference_settings(name)
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert trainer.model.lm_head.weight.dtype == torch.float32
+        logps[bf16] = log["logps/chosen"]
+    assert 0 < abs(logps[True] - logps[False]) < 0.5
 
 
 def test_an_adapter_that_came_along_is_the_reference(tmp_path):
@@ -395,6 +412,14 @@ def test_errors_of_arguments(tmp_path):
     model = build_model()
     with pytest.raises(ValueError, match="same object"):
         make_dpo_trainer(tmp_path, model=model, ref_model=model)
+    with pytest.raises(ValueError, match="quantization_config"):
+        DPOTrainer(
+            model,
+            args=DPOConfig(str(tmp_path), use_cpu=True),
+            train_dataset=Dataset.from_list(TEXT_PAIRS),
+            processing_class=build_tokenizer(),
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        )
     with pytest.raises(ValueError, match="train_dataset"):
         DPOTrainer(model, args=DPOConfig(str(tmp_path), use_cpu=True), processing_class=build_tokenizer())
     with pytest.raises(TypeError, match="split"):

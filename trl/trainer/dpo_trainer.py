@@ -56,6 +56,7 @@ class DPOTrainer(ReferencePolicyTrainer):
     args: DPOConfig
     signature_columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+    refuses_late_quantization = True
     vision_columns = ("prompt", "chosen", "rejected", "image", "images", "tools", "chat_template_kwargs")
 
     # ---- Construction ----

@@ -133,6 +133,8 @@ class ReferencePolicyTrainer(PreferenceTrainer):
     reference_columns: tuple[str, ...]
     signature_columns: ClassVar[tuple[str, ...]]
     vision_columns: ClassVar[tuple[str, ...]]
+    # Whether a quantization config beside a model is an error rather than ignored with a warning.
+    refuses_late_quantization: ClassVar[bool] = False
     _label_key = "input_ids"
 
     def __init__(
@@ -165,7 +167,12 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         check_single_device_per_process(args, type(self).__name__)
         example = next(iter(train_dataset), {})
         self._is_vision_dataset = "image" in example or "images" in example
-        self._check_reference_options(args, model, train_dataset, quantization_config, peft_config)
+        self._check_reference_options(args, model, train_dataset, peft_config)
+        if quantization_config is not None and not isinstance(model, str) and self.refuses_late_quantization:
+            raise ValueError(
+                "`quantization_config` quantizes a model while it is loaded, but `model` is a model already. Pass its "
+                "name or path, or load it quantized."
+            )
         self.check_options(args, example)
 
         model = resolve_model(model, args, quantization_config)
@@ -180,6 +187,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         model.config.use_cache = False
         if args.disable_dropout:
             disable_dropout_in_model(model)
+        install_scoring(model)  # before the accelerator puts its autocast around the forward that it finds
         check_layout(model, args.layout, self._is_vision_dataset)
         self.router_aux_loss_coef, self.aux_loss_enabled = resolve_router_aux_loss(model, args.router_aux_loss_coef)
         self.precompute_ref_logps = args.precompute_ref_log_probs
@@ -242,7 +250,6 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         args: _BaseConfig,
         model: Any,
         train_dataset: AnyDataset,
-        quantization_config: Any,
         peft_config: Any,
     ) -> None:
         if args.sync_ref_model and args.precompute_ref_log_probs:
