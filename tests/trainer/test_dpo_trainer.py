@@ -412,6 +412,8 @@ def test_errors_of_arguments(tmp_path):
     model = build_model()
     with pytest.raises(ValueError, match="same object"):
         make_dpo_trainer(tmp_path, model=model, ref_model=model)
+    with pytest.raises(TypeError, match="from_pretrained"):
+        make_dpo_trainer(tmp_path, model=model, ref_model="somewhere")
     with pytest.raises(ValueError, match="quantization_config"):
         DPOTrainer(
             model,

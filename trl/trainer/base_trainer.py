@@ -247,6 +247,17 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
             inputs, _ = prepare_packed(self.accelerator.unwrap_model(model), inputs)
         return model(**{**inputs, "use_cache": False})
 
+    def outputs_with_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What `return_outputs=True` asks for; warns while training, where nobody should."""
+        if self.model.training:
+            warnings.warn(
+                "`return_outputs=True` is deprecated: the trainer never holds the logits, so a second forward pass "
+                "computes them.",
+                FutureWarning,
+            )
+        with torch.no_grad():
+            return self._full_outputs(model, inputs)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.reducer.clear("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -8,7 +8,6 @@ and, for those that hold the policy against a reference, how both are built, kep
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -158,6 +157,11 @@ class ReferencePolicyTrainer(PreferenceTrainer):
                 "`train_dataset` too and call `evaluate()`."
             )
         check_dataset_type(train_dataset, "train_dataset")
+        if isinstance(ref_model, str):
+            raise TypeError(
+                f"`ref_model` is a model, found the name {ref_model!r}. Load it: "
+                "`AutoModelForCausalLM.from_pretrained(...)`."
+            )
         if ref_model is not None and ref_model is model:
             raise ValueError(
                 "`ref_model` is the same object as `model`, so the reference would change with the policy. Leave "
@@ -372,17 +376,6 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         batch["labels"] = batch["input_ids"].masked_fill(completion_mask == 0, -100)
         score = self.reference.score if reference else score_tokens
         return score(model, batch, outputs=outputs, layout=self.layout, groups=groups)
-
-    def outputs_with_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """What `return_outputs=True` asks for; warns while training, where nobody should."""
-        if self.model.training:
-            warnings.warn(
-                "`return_outputs=True` is deprecated: the trainer never holds the logits, so a second forward pass "
-                "computes them.",
-                FutureWarning,
-            )
-        with torch.no_grad():
-            return self._full_outputs(model, inputs)
 
     # ---- Checkpoints ----
 

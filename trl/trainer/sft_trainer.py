@@ -435,16 +435,7 @@ class SFTTrainer(_BaseTrainer):
         if self.aux_loss_enabled:
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * scores.aux_loss / micro_batches
-        if not return_outputs:
-            return loss
-        if self.model.training:
-            warnings.warn(
-                "`return_outputs=True` is deprecated: the trainer never holds the logits, so a second forward pass "
-                "computes them.",
-                FutureWarning,
-            )
-        with torch.no_grad():
-            return loss, self._full_outputs(model, inputs)
+        return (loss, self.outputs_with_logits(model, inputs)) if return_outputs else loss
 
     def _score(self, model: nn.Module, inputs: dict[str, Any]) -> TokenScores:
         return score_tokens(
