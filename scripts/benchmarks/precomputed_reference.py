@@ -3,7 +3,7 @@ A whole DPO step (optimizer included) of a small Llama, hidden 384, 12 layers, v
 
 Baseline: a frozen copy of the model is the reference, and runs beside the policy. Against it: the reference's log-probs
 were computed before training (`precompute_ref_log_probs`). Two kinds of pairs: prompts of about 100 tokens, and of
-about 500.
+about 500, the latter with an adapter too.
 
     python scripts/benchmarks/precomputed_reference.py
 """
@@ -11,6 +11,7 @@ about 500.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -27,6 +28,7 @@ CASES = {
         "4 pairs, prompts of about 100 tokens",
     ),
     "long": ([(510, 104, 131), (484, 142, 117)], "2 pairs, prompts of about 500 tokens"),
+    "lora": ([(510, 104, 131), (484, 142, 117)], "2 pairs, prompts of about 500 tokens, LoRA"),
 }
 
 
@@ -65,10 +67,17 @@ def run_side(side: str, case: str) -> None:
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     lengths, _ = CASES[case]
-    clock = Clock()
+    model, clock = LlamaForCausalLM(config), Clock()
+    ref_model = peft_config = None
+    if case == "lora":
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=16, target_modules="all-linear")
+        ref_model = copy.deepcopy(model) if side == "reference copy" else None
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            model=LlamaForCausalLM(config),
+            model=model,
+            ref_model=ref_model,
             args=DPOConfig(
                 output_dir=folder,
                 per_device_train_batch_size=len(lengths),
@@ -85,6 +94,7 @@ def run_side(side: str, case: str) -> None:
             train_dataset=make_dataset(lengths * STEPS),
             processing_class=ByT5Tokenizer(),  # the rows are tokenized already
             callbacks=[clock],
+            peft_config=peft_config,
         )
         with PeakMemory() as memory:
             trainer.train()
