@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..choices import check_choice
-from ..losses.advantages import normalize_scale_rewards
 from ..losses.policy_options import (
     ENGINE_CORRECTION_MODES,
     IMPORTANCE_SAMPLING_LEVELS,
+    MULTI_OBJECTIVE_AGGREGATIONS,
     POLICY_LOSS_TYPES,
     PolicyLossOptions,
+    normalize_scale_rewards,
 )
 from .base_config import warn_deprecated
 from .online_config import _OnlineConfig
-
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
 @dataclass
@@ -49,7 +48,7 @@ class GRPOConfig(_OnlineConfig):
         metadata={
             "help": "With several rewards: normalise their weighted sum, or sum what was normalised one by one (GDPO, "
             "https://huggingface.co/papers/2601.05242).",
-            "choices": list(AGGREGATIONS),
+            "choices": list(MULTI_OBJECTIVE_AGGREGATIONS),
         },
     )
 
@@ -133,7 +132,7 @@ class GRPOConfig(_OnlineConfig):
             warn_deprecated("`vllm_importance_sampling_cap` is an old name of `vllm_importance_sampling_clip_max`.")
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
         self.scale_rewards = normalize_scale_rewards(self.scale_rewards)
-        check_choice("multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
+        check_choice("multi_objective_aggregation", self.multi_objective_aggregation, MULTI_OBJECTIVE_AGGREGATIONS)
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError(
                 "`log_completions_hub_repo` uploads logged completions, but `log_completions` is off. Turn it on."

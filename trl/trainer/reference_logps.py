@@ -54,7 +54,8 @@ def add_reference_logps(trainer: ReferencePolicyTrainer, dataset: Dataset, name:
     fingerprint = fingerprint_step(dataset, "reference log-probs", weights, settings, trainer.reference_columns)
     file = _cache_file(dataset, fingerprint)
     columns = _read(file, len(dataset), trainer.reference_columns)
-    if columns is None:
+    # Computing is for all processes together, so where one has not found the file (its machine's disk), all compute.
+    if not all(gather_object([columns is not None])):
         columns = _compute(trainer, dataset, name)
         if trainer.accelerator.is_local_main_process:
             _write(file, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..losses.policy_options import check_reward_clip_range
 from .online_config import _OnlineConfig
 
 
@@ -39,11 +40,7 @@ class RLOOConfig(_OnlineConfig):
     )
 
     def __post_init__(self):
+        check_reward_clip_range(self.reward_clip_range)
         if self.reward_clip_range is not None:
-            bounds = tuple(self.reward_clip_range)
-            if len(bounds) != 2 or not bounds[0] < bounds[1]:
-                raise ValueError(
-                    f"`reward_clip_range` is the lowest and the highest reward. Found {self.reward_clip_range!r}."
-                )
-            self.reward_clip_range = bounds
+            self.reward_clip_range = tuple(self.reward_clip_range)  # a command line gives a list
         super().__post_init__()
