@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from tests.conftest import build_tokenizer
 from trl.rewards import RewardError, RewardSuite, RewardValueError, calls
-from trl.rewards.table import summarize_values
 
 PROMPTS = ["a", "a", "b"]
 COMPLETIONS = ["one", "three", "seven"]
@@ -242,15 +241,6 @@ def test_infinite_value_is_a_failure(infinity):
         table = score(RewardSuite(returns(returned), on_error="count"))
     assert table.values_FN[0].tolist() == pytest.approx([1.0, NAN, 3.0], nan_ok=True)
     assert table.health()["rewards/given/error_rate"] == (1.0, 3.0)
-
-
-def test_summary_looks_at_given_values_only():
-    table = score(RewardSuite([length, returns([None, 2.0, None], name="rare")]))
-    figures = summarize_values(table.values_FN, table.names)
-    assert figures["rewards/length/mean"] == pytest.approx(13 / 3)
-    assert figures["rewards/length/std"] == pytest.approx(np.std([3, 5, 5], ddof=1))
-    assert figures["rewards/rare/mean"] == 2.0
-    assert math.isnan(figures["rewards/rare/std"])
 
 
 # ---- Functions that fail, hang, or are late ----

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -59,23 +58,3 @@ class RewardTable:
             figures[f"rewards/{name}/none_rate"] = (float(missing_F[index]), completions)
             figures[f"rewards/{name}/error_rate"] = (float(self.failed_counts[index]), completions)
         return figures
-
-
-def summarize_values(values_FN: Tensor, names: list[str]) -> dict[str, float]:
-    """
-    Mean and spread of each source over the completions that it applies to.
-
-    Args:
-        values_FN: values, [F, N]; NaN where a source does not apply.
-        names: of the sources.
-
-    Returns:
-        `rewards/{name}/mean` and `rewards/{name}/std` (sample standard deviation). NaN where there are too few values.
-    """
-    figures: dict[str, float] = {}
-    for name, values_N in zip(names, values_FN, strict=True):
-        given = values_N[~values_N.isnan()].double()
-        nan = float("nan")
-        figures[f"rewards/{name}/mean"] = given.mean().item() if len(given) else nan
-        figures[f"rewards/{name}/std"] = torch.std(given).item() if len(given) > 1 else nan
-    return figures
