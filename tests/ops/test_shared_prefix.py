@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from tests.ops.test_layouts import MODELS, REFUSED, make_model
 from trl.losses.language_modeling import nll
+from trl.losses.policy import PolicyLossInputs, PolicyLossOptions, aggregate, policy_loss
 from trl.ops import layouts, shared_prefix
 from trl.ops.layouts import PackingNotSupportedError, choose_layout
 from trl.ops.scoring import install_scoring, score_tokens
 from trl.ops.shared_prefix import arrange, block_mask, dense_mask, find_shared, lay_out
+from trl.rollouts.types import Rollout
+from trl.trainer.rollout_batches import completion_values, labels_of, rollouts_to_batch
 
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Rows by group: (group, tokens of the prompt, tokens of the answer, what the answer begins with).
@@ -119,6 +122,62 @@ def test_parts_of_large_groups_agree(name, monkeypatch):
     arrangement = choice.sharing[1]
     assert 3 < len(set(arrangement.parts_B)) < len(rows)
     assert arrangement.shape[0] < len(set(arrangement.parts_B))
+
+
+def sampled_groups(n_groups, completions, prompt, shortest, longest):
+    """Rollouts as a trainer keeps them, with some completion tokens that the policy did not write; rows shuffled."""
+    generator = torch.Generator().manual_seed(7)
+
+    def tokens(length):
+        return torch.randint(4, 500, (int(length),), generator=generator).tolist()
+
+    prompts = [tokens(prompt - 3 * group) for group in range(n_groups)]
+    lengths = torch.linspace(shortest, longest, completions).round().int().tolist()
+    rows = [(group, length) for group in range(n_groups) for length in lengths]
+    rows = [rows[row] for row in torch.randperm(len(rows), generator=generator)]
+    rollouts = []
+    for group, length in rows:
+        written = (torch.rand(length, generator=generator) < 0.9).int().tolist()
+        rollouts.append(Rollout(prompts[group], tokens(length), policy_mask=written))
+    groups = [group for group, _ in rows]
+    return rollouts_to_batch(rollouts, groups, pad_token_id=0, device=torch.device("cpu"))
+
+
+GROUPS = {
+    "a group of 8 after a long prompt": (1, 8, 900, 64, 128),
+    "four groups of 4": (4, 4, 200, 20, 40),
+    "three groups of 8 after short prompts": (3, 8, 12, 1, 30),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_of_completions_learn_alike(case):
+    """The learn phase of methods that sample: log-probs, entropies, policy loss with entropy bonus, gradients."""
+    model, batch = make_model("llama", max_position_embeddings=2048), sampled_groups(*GROUPS[case])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs["labels"] = labels_of(batch, batch["train_mask"])
+    advantages = torch.randn(len(batch["groups"]), generator=torch.Generator().manual_seed(1))
+    options = PolicyLossOptions(loss_type="dapo", beta=0.0, entropy_coef=0.1)
+    with torch.no_grad():
+        old = completion_values(score_tokens(model, inputs, layout="padded").logps, batch)
+    old_logps = old + 0.1 * torch.randn(old.shape, generator=torch.Generator().manual_seed(2))
+
+    results = {}
+    for layout in ("padded", "shared_prefix"):
+        model.zero_grad()
+        scores = score_tokens(model, inputs, with_entropy=True, layout=layout, groups=batch["groups"])
+        assert layouts_choice(model).name == layout
+        logps, entropies = (completion_values(values, batch) for values in (scores.logps, scores.entropies))
+        loss = policy_loss(
+            PolicyLossInputs(logps, advantages, batch["train_mask"], old_logps, entropies_BT=entropies), options
+        )
+        total = sum(term.weight * term.total / term.count for term in aggregate(loss, options))
+        total.backward()
+        results[layout] = (logps, entropies, total, *(parameter.grad.clone() for parameter in model.parameters()))
+    for got, want in zip(results["shared_prefix"], results["padded"], strict=True):
+        # A mean over many tokens has small gradients: the bound is relative to the largest of a tensor.
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 def test_shifted_labels_agree():
