@@ -82,7 +82,7 @@ def add_fused_lm_head(
         raise ValueError(f"Unknown outputs {sorted(unknown)}; choose from {', '.join(known)}.")
     causal_lm = install_scoring(model)
     if cast_lm_head_to_fp32:
-        _cast_head_to_fp32(causal_lm)
+        cast_head_to_fp32(causal_lm)
     causal_lm._fused_lm_head = (
         ScoreRequest(
             temperature, tuple(name for name in outputs if name != "log_probs"), head_in_fp32=cast_lm_head_to_fp32
@@ -139,7 +139,16 @@ def _mean_loss(scores: TokenScores, num_items_in_batch: Tensor | int | None) -> 
     return -scores.logps.sum() / count
 
 
-def _cast_head_to_fp32(model: PreTrainedModel) -> None:
+def cast_head_to_fp32(model: PreTrainedModel) -> None:
+    """
+    Keep the head's weights in float32; tied input embeddings, which become float32 with it, return their former dtype.
+
+    Args:
+        model: the causal language model.
+
+    Raises:
+        ValueError: the head is no plain linear layer, such as one with an adapter.
+    """
     head = model.get_output_embeddings()
     if type(head).forward is not nn.Linear.forward:
         raise ValueError(

@@ -133,6 +133,7 @@ def score_tokens(
     layout: str = "auto",
     groups: Tensor | None = None,
     chunk_size: int | None = None,
+    head_in_fp32: bool = False,
 ) -> TokenScores:
     """
     Score the labelled tokens of a batch.
@@ -153,6 +154,7 @@ def score_tokens(
         groups: int64, [B]; rows with the same number may share a beginning, such as a prompt. The beginning itself is
             found from the tokens. Default: no sharing.
         chunk_size: tokens projected at a time; `None` picks a size for the vocabulary.
+        head_in_fp32: project in float32, autocast or not.
 
     Returns:
         The scores, in the shape of the batch.
@@ -166,7 +168,7 @@ def score_tokens(
     inputs = {name: value for name, value in batch.items() if value is not None}
     if "labels" not in inputs and "shift_labels" not in inputs:
         raise ValueError("score_tokens needs `labels` or `shift_labels` in the batch, to know which tokens to score.")
-    request = ScoreRequest(temperature, tuple(outputs), objective, chunk_size)
+    request = ScoreRequest(temperature, tuple(outputs), objective, chunk_size, head_in_fp32=head_in_fp32)
 
     causal_lm._layout_choice = choice = _choose(causal_lm, inputs, layout, groups)
     if is_packed(inputs):

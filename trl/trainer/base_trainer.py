@@ -28,6 +28,7 @@ from ..extras.profiling import profiling_decorator
 from ..models.activation_offloading import get_act_offloading_ctx_manager
 from ..models.selective_activation_checkpointing import enable_selective_activation_checkpointing
 from ..ops.layouts import is_packed, prepare_packed
+from ..ops.scoring import find_causal_lm
 from ..reports.doctor import install_doctor
 from ..reports.model_card import generate_model_card
 from ..reports.plots import plot_training_curves
@@ -210,6 +211,20 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
         # The logged loss is the mean over optimizer steps, each the sum of its micro-batches.
         self.reducer.add("train", "loss", loss.detach(), 1 / self.current_gradient_accumulation_steps)
         return loss
+
+    _layout_announced = False
+
+    def _announce_layout(self) -> None:
+        """Say once which layout the batches get, and why."""
+        if self._layout_announced:
+            return
+        self._layout_announced = True
+        try:
+            choice = getattr(find_causal_lm(self.accelerator.unwrap_model(self.model)), "_layout_choice", None)
+        except ValueError:  # a model without a head for tokens has no layouts
+            return
+        if choice is not None:
+            self.accelerator.print(f"Layout of the first batch: {choice.name} ({choice.reason}).")
 
     @profiling_decorator
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

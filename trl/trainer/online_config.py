@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..choices import check_choice
+from ..choices import check_choice, check_number
 from .base_config import _ModelConfig, _PolicyFields, warn_deprecated
 
 VLLM_MODES = ("server", "colocate")
 VLLM_MODEL_IMPLS = ("vllm", "transformers")
+ON_REWARD_ERROR = ("raise", "count")
 
 
 @dataclass
@@ -156,6 +157,38 @@ class _OnlineConfig(_PolicyFields, _ModelConfig):
         default=False, metadata={"help": "Do not train on completions that reached `max_completion_length`."}
     )
 
+    reward_time_limits: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a reward function is waited for: one number for all, or one for each. By default no "
+            "limit."
+        },
+    )
+    reward_on_error: str = field(
+        default="raise",
+        metadata={
+            "help": "What happens when a reward function raises, takes too long or returns an infinite value: `raise` "
+            "stops the run and names it, `count` counts it and goes on without its values.",
+            "choices": list(ON_REWARD_ERROR),
+        },
+    )
+    balance_micro_batches: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut a step's completions into micro-batches of about equally many tokens rather than equally many "
+            "completions. The loss is the same; the largest micro-batch needs less memory."
+        },
+    )
+
+    # --- Evaluation ---
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of completions sampled for evaluation; 0 takes the most probable token, and then one "
+            "completion for each prompt unless `num_generations_eval` says otherwise. By default `temperature`."
+        },
+    )
+
     # --- Logging ---
     log_completions: bool = field(
         default=False,
@@ -175,7 +208,9 @@ class _OnlineConfig(_PolicyFields, _ModelConfig):
             self.use_transformers_continuous_batching = True
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_model_impl", self.vllm_model_impl, VLLM_MODEL_IMPLS)
+        check_choice("reward_on_error", self.reward_on_error, ON_REWARD_ERROR)
         self._check_policy_fields()
+        self._check_evaluation()
         super().__post_init__()
         self._check_training()
         self._resolve_generation_batch()
@@ -193,8 +228,16 @@ class _OnlineConfig(_PolicyFields, _ModelConfig):
                 "Context and sequence parallelism cut rows over devices, which completions of different lengths do not "
                 "allow. Turn them off in `parallelism_config`."
             )
+        check_number("temperature", self.temperature, "a number above 0", lambda temperature: temperature > 0)
         if self.num_iterations < 1:
             raise ValueError(f"`num_iterations` is at least 1. Found {self.num_iterations}.")
+
+    def _check_evaluation(self) -> None:
+        if self.eval_temperature is None:
+            return
+        check_number("eval_temperature", self.eval_temperature, "a number of at least 0, or None", lambda x: x >= 0)
+        if self.eval_temperature == 0 and self.num_generations_eval is None:
+            self.num_generations_eval = 1  # the others would be the same
 
     def _resolve_generation_batch(self) -> None:
         """One of `generation_batch_size` and `steps_per_generation` follows from the other."""

@@ -7,9 +7,7 @@ and, for those that hold the policy against a reference, how both are built, kep
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,25 +17,13 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from ..callbacks.reference_sync import SyncRefModelCallback
-from ..models.adapters import prepare_peft_model
-from ..models.distributed import load_full_state_dict
-from ..models.loading import create_model_from_path, get_config_model_id
-from ..models.moe import resolve_router_aux_loss
 from ..models.reference import ReferencePolicy, disable_dropout_in_model
-from ..ops.layouts import PackingNotSupportedError, why_not_packed, why_not_shared_prefix
-from ..ops.scoring import TokenScores, find_causal_lm, install_scoring, score_tokens
+from ..ops.scoring import TokenScores, score_tokens
 from .base_config import _BaseConfig
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer, check_dataset_type, is_peft_model
+from .policy_setup import ReferenceMixin, check_reference_sync, prepare_policy, reference_loader
 from .reference_logps import add_reference_logps
-from .setup import (
-    check_is_processor,
-    check_single_device_per_process,
-    expect_unused_parameters,
-    resolve_args,
-    resolve_model,
-    resolve_processing_class,
-    set_pad_token,
-)
+from .setup import check_single_device_per_process, resolve_args
 from .step_counts import StepCountsMixin
 
 if TYPE_CHECKING:
@@ -47,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 logger = logging.get_logger(__name__)
-
-# Folder inside a checkpoint for a reference that follows the policy.
-REFERENCE_DIR = "reference_model"
 
 
 class PreferenceTrainer(StepCountsMixin, _BaseTrainer):
@@ -88,22 +71,8 @@ class PreferenceTrainer(StepCountsMixin, _BaseTrainer):
         self._announce_layout()
         return loss
 
-    _layout_announced = False
 
-    def _announce_layout(self) -> None:
-        """Say once which layout the batches get, and why."""
-        if self._layout_announced:
-            return
-        self._layout_announced = True
-        try:
-            choice = getattr(find_causal_lm(self.accelerator.unwrap_model(self.model)), "_layout_choice", None)
-        except ValueError:  # a model without a head for tokens has no layouts
-            return
-        if choice is not None:
-            self.accelerator.print(f"Layout of the first batch: {choice.name} ({choice.reason}).")
-
-
-class ReferencePolicyTrainer(PreferenceTrainer):
+class ReferencePolicyTrainer(ReferenceMixin, PreferenceTrainer):
     """
     Base of the methods that compare the policy's log-probs with those of a reference (DPO, KTO).
 
@@ -179,24 +148,20 @@ class ReferencePolicyTrainer(PreferenceTrainer):
             )
         self.check_options(args, example)
 
-        model = resolve_model(model, args, quantization_config)
-        processing_class = resolve_processing_class(processing_class, model, args)
-        if self._is_vision_dataset:
-            check_is_processor(processing_class)
-            expect_unused_parameters(args)
-        set_pad_token(processing_class, model, getattr(args, "pad_token", None))
-        came_with_adapter = is_peft_model(model)
-        if peft_config is not None or came_with_adapter:
-            model = prepare_peft_model(model, peft_config, args)
-        model.config.use_cache = False
-        if args.disable_dropout:
-            disable_dropout_in_model(model)
-        install_scoring(model)  # before the accelerator puts its autocast around the forward that it finds
-        check_layout(model, args.layout, self._is_vision_dataset)
-        self.router_aux_loss_coef, self.aux_loss_enabled = resolve_router_aux_loss(model, args.router_aux_loss_coef)
+        policy = prepare_policy(
+            model,
+            processing_class,
+            args,
+            with_images=self._is_vision_dataset,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        model, processing_class = policy.model, policy.processing_class
+        self.router_aux_loss_coef, self.aux_loss_enabled = policy.router_aux_loss_coef, policy.aux_loss_enabled
         self.precompute_ref_logps = args.precompute_ref_log_probs
         self._ref_model_given, self._columns_given = ref_model is not None, set(example)
-        self.reference = self._make_reference(args, model, ref_model, came_with_adapter, quantization_config)
+        self.load_reference = reference_loader(model, args, quantization_config)
+        self.reference = self._make_reference(args, model, ref_model, policy.came_with_adapter)
 
         self.args, self.processing_class = args, processing_class  # the preparation below reads them
         self.setup_method(args)
@@ -261,12 +226,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
                 "`sync_ref_model=True` changes the reference while training, so its log-probs cannot be computed "
                 "before. Turn off `precompute_ref_log_probs`, or `sync_ref_model`."
             )
-        if args.sync_ref_model and (peft_config is not None or (not isinstance(model, str) and is_peft_model(model))):
-            raise NotImplementedError(
-                "`sync_ref_model=True` mixes all weights of the policy into those of a reference model. With an "
-                "adapter the reference is the base model itself, which must not change. Train all weights, or turn "
-                "it off."
-            )
+        check_reference_sync(args, model, peft_config)
         if args.precompute_ref_log_probs:
             problem = None
             if isinstance(train_dataset, IterableDataset):
@@ -284,18 +244,9 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         model: nn.Module,
         ref_model: nn.Module | None,
         came_with_adapter: bool,
-        quantization_config: Any,
     ) -> ReferencePolicy:
         if ref_model is not None and args.disable_dropout:
             disable_dropout_in_model(ref_model)
-        init_kwargs = {
-            **(args.model_init_kwargs or {}),
-            "device_map": None,
-            "trust_remote_code": args.trust_remote_code,
-        }
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        self.load_reference = partial(load_again, model, args.disable_dropout, init_kwargs)
         if self.precompute_ref_logps and ref_model is None and not is_peft_model(model):
             return ReferencePolicy()  # the policy before its first step
         return ReferencePolicy.of(model, ref_model, came_with_adapter=came_with_adapter, load=self.load_reference)
@@ -310,7 +261,7 @@ class ReferencePolicyTrainer(PreferenceTrainer):
     @property
     def ref_model(self) -> nn.Module | None:
         """The reference where it is a model of its own; None under an adapter, or with precomputed log-probs."""
-        return None if self.precompute_ref_logps else self.reference.model
+        return None if self.precompute_ref_logps else super().ref_model
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -376,42 +327,3 @@ class ReferencePolicyTrainer(PreferenceTrainer):
         batch["labels"] = batch["input_ids"].masked_fill(completion_mask == 0, -100)
         score = self.reference.score if reference else score_tokens
         return score(model, batch, outputs=outputs, layout=self.layout, groups=groups)
-
-    # ---- Checkpoints ----
-
-    def _save_extra_files(self, folder: str) -> None:
-        super()._save_extra_files(folder)
-        if not self.args.sync_ref_model:
-            return
-        # The reference has moved since the start, and a resumed run has to find it where it was.
-        state = self.accelerator.get_state_dict(self.ref_model)
-        if self.args.should_save:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            reference.save_pretrained(os.path.join(folder, REFERENCE_DIR), state_dict=state)
-
-    def _load_extra_files(self, checkpoint: str) -> None:
-        super()._load_extra_files(checkpoint)
-        folder = os.path.join(checkpoint, REFERENCE_DIR)
-        if not self.args.sync_ref_model or not os.path.isdir(folder):
-            return
-        load_full_state_dict(self.accelerator.unwrap_model(self.ref_model), folder)
-
-
-def load_again(model: nn.Module, disable_dropout: bool, init_kwargs: dict[str, Any]) -> nn.Module:
-    """The model as it was published, with the dtype and the attention that `model` has."""
-    inner = find_causal_lm(model)
-    kwargs = {**init_kwargs, "dtype": inner.dtype, "attn_implementation": inner.config._attn_implementation}
-    loaded = create_model_from_path(get_config_model_id(inner.config), type(inner), **kwargs)
-    if disable_dropout:
-        disable_dropout_in_model(loaded)
-    return loaded
-
-
-def check_layout(model: nn.Module, layout: str, with_images: bool) -> None:
-    """Refuse, before the first step, a layout that the model or its batches cannot have."""
-    if layout not in ("packed", "shared_prefix"):
-        return
-    why_not = why_not_packed if layout == "packed" else why_not_shared_prefix
-    reason = "Images have their place in a row" if with_images else why_not(install_scoring(model))
-    if reason is not None:
-        raise PackingNotSupportedError(f"{reason}, so `layout={layout!r}` cannot be. Use 'auto', or 'padded'.")

@@ -7,6 +7,7 @@ micro-batches and processes, so it never depends on how a batch was cut.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -20,7 +21,7 @@ _PART = "#"
 
 class Reducer:
     """
-    Collects `(sum, count)` pairs by mode and name, and running totals by name.
+    Collects `(sum, count)` pairs and extremes by mode and name, and running totals by name.
 
     Args:
         accelerator: tells the device and gathers over processes.
@@ -32,6 +33,7 @@ class Reducer:
         self.accelerator = accelerator
         self.replicas = max(replicas, 1)
         self._pending: dict[str, dict[str, Tensor]] = defaultdict(dict)  # mode -> name -> [sum, count] of this process
+        self._extremes: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)  # mode -> name -> which, value
         self._pending_totals: dict[str, Tensor] = {}  # name -> what this process counted since the last reduction
         self._totals: dict[str, float] = {}  # name -> total over all processes, as of the last reduction
 
@@ -55,6 +57,15 @@ class Reducer:
         key = name if part is None else f"{name}{_PART}{part}"
         pending[key] = pending[key] + pair if key in pending else pair
 
+    def add_extreme(self, mode: str, name: str, value: Tensor | float, which: str) -> None:
+        """Keep the least (`which="min"`) or greatest (`"max"`) of the values added; an infinite one is none."""
+        device = self.accelerator.device
+        value = torch.as_tensor(value, device=device, dtype=torch.float32).detach()
+        known = self._extremes[mode].get(name)
+        if known is not None:
+            value = (torch.minimum if which == "min" else torch.maximum)(known[1], value)
+        self._extremes[mode][name] = (which, value)
+
     def add_total(self, name: str, amount: Tensor | float) -> None:
         """Add to a running total, which no log call clears."""
         pair = self._pair(amount, 0)
@@ -62,6 +73,16 @@ class Reducer:
 
     def clear(self, mode: str) -> None:
         self._pending[mode] = {}
+        self._extremes[mode] = {}
+
+    def _extremes_over_processes(self, mode: str) -> dict[str, tuple[str, float]]:
+        mine = {name: (which, value.item()) for name, (which, value) in self._extremes[mode].items()}
+        found: dict[str, tuple[str, float]] = {}
+        for theirs in gather_object([mine]):
+            for name, (which, value) in theirs.items():
+                best = min if which == "min" else max
+                found[name] = (which, best(found[name][1], value) if name in found else value)
+        return {name: pair for name, pair in found.items() if math.isfinite(pair[1])}
 
     def _over_processes(self, local: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         """Sum pairs over processes; a name that only some of them have counts too."""
@@ -75,8 +96,8 @@ class Reducer:
 
     def reduce(self, mode: str) -> dict[str, float]:
         """
-        Means of everything added to `mode` since the last call, and all totals. A collective call: every process
-        makes it.
+        Means and extremes of everything added to `mode` since the last call, and all totals. A collective call: every
+        process makes it.
 
         Returns:
             name -> value. A mean over no item is left out.
@@ -88,6 +109,7 @@ class Reducer:
             name = key.partition(_PART)[0]
             if name not in empty:
                 means[name] = means.get(name, 0.0) + total / count
+        means.update((name, value) for name, (_, value) in self._extremes_over_processes(mode).items())
         self.clear(mode)
         for name, (amount, _) in self._over_processes(self._pending_totals).items():
             self._totals[name] = self._totals.get(name, 0) + amount / self.replicas
@@ -100,12 +122,20 @@ class Reducer:
         totals = dict(self._totals)
         for name, (amount, _) in self._over_processes(self._pending_totals).items():
             totals[name] = totals.get(name, 0) + amount / self.replicas
-        return {"pending": {name: list(pair) for name, pair in pending.items()}, "totals": totals}
+        extremes = self._extremes_over_processes("train")
+        return {
+            "pending": {name: list(pair) for name, pair in pending.items()},
+            "extremes": {name: list(pair) for name, pair in extremes.items()},
+            "totals": totals,
+        }
 
     def load_state(self, state: dict) -> None:
         """Take up where a checkpoint left off. The main process carries the pending sums of all."""
         self._pending.clear()
+        self._extremes.clear()
         self._pending_totals = {}
         self._totals = dict(state["totals"])
         if self.accelerator.is_main_process:
             self._pending["train"] = {name: self._pair(*pair) for name, pair in state["pending"].items()}
+            for name, (which, value) in state.get("extremes", {}).items():
+                self.add_extreme("train", name, value, which)
