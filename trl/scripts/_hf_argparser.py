@@ -1,8 +1,8 @@
 """
 Flags from dataclass fields: `transformers.HfArgumentParser`, and what the command line of this package wants besides.
 
-Added here: `none` for optional values, every union that contains `str`, optional lists, a bare flag for optional
-booleans, and JSON fields that are checked when they are read, so that a typo is found before a model is loaded.
+Added here: `none` for optional values, every union that contains `str`, optional lists, tuples of one type (given as
+lists), a bare flag for optional booleans, and JSON fields that are checked when they are read, so that a typo is found before a model is loaded.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def split_optional(annotation: Any) -> tuple[tuple[Any, ...], bool]:
 
 def is_list(annotation: Any) -> bool:
     """Whether the field takes several values."""
-    return any((get_origin(member) or member) is list for member in split_optional(annotation)[0])
+    return any((get_origin(member) or member) in (list, tuple) for member in split_optional(annotation)[0])
 
 
 def _one_type(annotation: Any) -> Any:
@@ -89,10 +89,10 @@ def _one_type(annotation: Any) -> Any:
 
 
 def _plain_elements(annotation: Any) -> Any:
-    """`list[X | None]` read as `list[X]`: argparse wants one type; `_adapt_action` lets None in again."""
+    """`list[X | None]` and `tuple[X, X]` read as `list[X]`: argparse wants one type; `_adapt_action` lets None in again."""
     members, optional = split_optional(annotation)
     (main,) = members if len(members) == 1 else (None,)
-    if get_origin(main) is not list:
+    if get_origin(main) not in (list, tuple):
         return annotation
     element_members, _ = split_optional(get_args(main)[0])
     plain = list[str if str in element_members else element_members[0]]

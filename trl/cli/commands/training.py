@@ -14,6 +14,8 @@ TRAINING_METHODS = {
     "dpo": "Learn from pairs of answers, one preferred to the other (direct preference optimization).",
     "kto": "Learn from single answers that are good or bad (Kahneman-Tversky optimization).",
     "reward": "Train a model that scores answers, from pairs (reward model).",
+    "grpo": "Sample answers and learn from their rewards, each compared with its group (GRPO).",
+    "rloo": "Sample answers and learn from their rewards, less the mean of the others (REINFORCE leave-one-out).",
 }
 """Method -> line of help. Each has a script `trl/scripts/<method>.py` with `make_parser` and `main`."""
 
