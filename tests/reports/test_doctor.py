@@ -503,7 +503,7 @@ def test_rules_are_complete():
     for rule in default_rules():
         assert rule.name and rule.meaning.endswith((".", ")")) and rule.advice.endswith((".", ")"))
         assert set(rule.kinds) <= {"train", "eval", "other"}
-    assert len({rule.name for rule in default_rules()}) == len(default_rules()) == 7
+    assert len({rule.name for rule in default_rules()}) == len(default_rules()) == 19
 
 
 # ---- In a trainer ----

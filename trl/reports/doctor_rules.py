@@ -3,7 +3,7 @@ What the doctor looks for in a run's log, one class per symptom.
 
 A rule sees the log and the run's settings, never tensors, and keeps nothing between calls: what it finds follows from
 the log alone, so a resumed run is judged like one that was never stopped. Its thresholds are its fields. To add a rule,
-write a class and name it in `default_rules`.
+write a class and name it in `default_rules`. Those for runs that learn from rewards are in `doctor_online_rules.py`.
 
 A healthy run must stay silent, so a rule waits for enough logs and leaves alone what it cannot judge.
 """
@@ -15,7 +15,6 @@ import warnings
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,27 +22,10 @@ import torch
 from ..losses.preference import PairLogps, PreferenceLossInputs, preference_loss
 from ..losses.preference_options import PREFERENCE_LOSS_TYPES, PreferenceLossOptions
 from ..losses.unpaired import UNPAIRED_LOSSES, unpaired_loss
-from .run_log import Phase, RunLog, is_number
+from .doctor_online_rules import online_rules
+from .run_log import Phase, Rule, RunLog, is_number
 
 LASTING = Phase()
-
-
-@dataclass(frozen=True)
-class Rule:
-    """
-    One symptom: `check` returns what was seen, or None.
-
-    `name` is the key in the log (`doctor/<name>`), `meaning` says what it usually comes from, `advice` what to try,
-    `kinds` which logs are judged: "train", "eval", "other" (what a user logs).
-    """
-
-    name: ClassVar[str]
-    meaning: ClassVar[str]
-    advice: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]] = ("train",)
-
-    def check(self, log: RunLog) -> str | None:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -406,4 +388,5 @@ def default_rules() -> list[Rule]:
         MarginsExploding(),
         ChosenCollapse(),
         KLAtClamp(),
+        *online_rules(),
     ]

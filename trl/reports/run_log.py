@@ -1,18 +1,22 @@
 """
-A run's log history, as rules and reports read it.
+A run's log history, as rules and reports read it, and what a rule is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainingArguments
+
+# What is logged of each source of reward, as `rewards/<name>/<figure>`.
+REWARD_FIGURES = ("mean", "std", "none_rate", "error_rate", "latency_s")
 
 
 def is_number(value: Any) -> bool:
@@ -32,8 +36,7 @@ def log_prefix(entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One logged value."""
 
     step: int
@@ -43,17 +46,19 @@ class Point:
 @dataclass(frozen=True)
 class Phase:
     """
-    How long something has to last, all of it after the warm-up of the learning rate.
+    How long something has to last.
 
     Args:
         least_steps: optimizer steps.
         least_share: the same as a share of the run; the larger one counts.
         least_logs: logs in that time.
+        after_warmup: all of it after the warm-up of the learning rate.
     """
 
     least_steps: int = 100
     least_share: float = 0.1
     least_logs: int = 20
+    after_warmup: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,18 +129,24 @@ class RunLog:
         """The newest `most` finite values, oldest first."""
         return [point.value for point in islice(self.backwards(key), most)][::-1]
 
+    def earliest(self, key: str, most: int) -> list[float]:
+        """The first `most` finite values of the run."""
+        values = (entry.get(self.prefix + key) for entry in self.entries)
+        return list(islice((float(value) for value in values if is_number(value) and math.isfinite(value)), most))
+
     def phase(self, key: str, phase: Phase) -> list[Point]:
-        """The values of a phase that ends now, oldest first; none while it does not fit in behind the warm-up."""
+        """The values of a phase that ends now, oldest first; none while it does not fit in (behind the warm-up)."""
         least_steps = max(phase.least_steps, phase.least_share * self.max_steps)
+        first_step = self.warmup_steps if phase.after_warmup else 0
         points: list[Point] = []
         for point in self.backwards(key):
-            start = max(point.step, self.warmup_steps)
+            start = max(point.step, first_step)
             if len(points) >= phase.least_logs and self.step - start >= least_steps:
                 return points[::-1]
-            if point.step <= self.warmup_steps:
+            if point.step <= first_step:
                 return []
             points.append(point)
-        fits = len(points) >= phase.least_logs and self.step - self.warmup_steps >= least_steps
+        fits = len(points) >= phase.least_logs and self.step - first_step >= least_steps
         return points[::-1] if fits else []
 
     def pair_key(self, name: str) -> str | None:
@@ -147,3 +158,62 @@ class RunLog:
         if all(self.value(key) is not None for key in ("accuracy", "margin", "mean_reward")):
             return other
         return None
+
+    def reward_sources(self) -> list[str]:
+        """Names of the reward functions and models that the newest entry tells of."""
+        found: dict[str, None] = {}
+        for key in self.newest:
+            if key.startswith(f"{self.prefix}rewards/"):
+                name, _, figure = key.removeprefix(f"{self.prefix}rewards/").rpartition("/")
+                if name and figure in REWARD_FIGURES:
+                    found[name] = None
+        return list(found)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether completions were sampled and rewarded; other runs log some of the same names."""
+        return self.value("frac_reward_zero_std") is not None
+
+    @property
+    def generations_per_step(self) -> float:
+        """Generation batches for each optimizer step; 1 where the settings do not say."""
+        micro_batches = getattr(self.args, "steps_per_generation", None)
+        if not micro_batches:
+            return 1.0
+        iterations = getattr(self.args, "num_iterations", None) or 1
+        return self.args.gradient_accumulation_steps / (micro_batches * iterations)
+
+
+def values_of(points: Iterable[Point]) -> list[float]:
+    return [point.value for point in points]
+
+
+def span(points: Sequence[Point]) -> str:
+    return f"steps {points[0].step} to {points[-1].step} ({len(points)} logs)"
+
+
+def rises(values: Sequence[float]) -> bool:
+    """Whether the newer half is above the older one, by more than two standard errors."""
+    older, newer = np.array_split(np.asarray(values), 2)
+    if min(len(older), len(newer)) < 2:
+        return False
+    error = math.sqrt(older.var(ddof=1) / len(older) + newer.var(ddof=1) / len(newer))
+    return bool(newer.mean() - older.mean() > 2 * error)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    One symptom: `check` returns what was seen, or None.
+
+    `name` is the key in the log (`doctor/<name>`), `meaning` says what it usually comes from, `advice` what to try,
+    `kinds` which logs are judged: "train", "eval", "other" (what a user logs).
+    """
+
+    name: ClassVar[str]
+    meaning: ClassVar[str]
+    advice: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ("train",)
+
+    def check(self, log: RunLog) -> str | None:
+        raise NotImplementedError
