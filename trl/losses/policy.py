@@ -43,7 +43,9 @@ __all__ = [
     "count_units",
     "importance_ratios",
     "kl_estimates",
+    "make_step",
     "masked_mean",
+    "on_policy_mask",
     "policy_loss",
     "policy_unit",
     "vespo_weights",
@@ -141,7 +143,8 @@ def importance_ratios(logratios_BT: Tensor, mask_BT: Tensor, level: str) -> Tens
     return bounded_exp(logratios_BT)
 
 
-def _step(inputs: PolicyLossInputs, options: PolicyLossOptions) -> PolicyStep:
+def make_step(inputs: PolicyLossInputs, options: PolicyLossOptions) -> PolicyStep:
+    """The shared quantities of a micro-batch."""
     mask_BT = inputs.mask_BT.bool()
     logps_BT = clean_logps(inputs.logps_BT, mask_BT)
     old_logps_BT = logps_BT if inputs.old_logps_BT is None else clean_logps(inputs.old_logps_BT, mask_BT)
@@ -335,7 +338,7 @@ def policy_loss(
         ValueError: if something is missing that the options ask for.
     """
     _check_inputs(inputs, options, entropy_threshold)
-    step = _step(inputs, options)
+    step = make_step(inputs, options)
     losses_BT = POLICY_LOSSES[options.loss_type](step, options).expand_as(step.mask_BT)
     trained_mask_BT, entropies_BT = step.mask_BT, None
     if inputs.entropies_BT is not None:

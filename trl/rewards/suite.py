@@ -128,10 +128,16 @@ class RewardSuite:
             _check_limit(name, call, limit, isinstance(time_limits, (list, tuple)))
             for name, call, limit in zip(self.names, calls, limits, strict=True)
         ]
+        self.processing_classes: list[Any] = tokenizers
         self._sources = [RewardSource(*source) for source in zip(calls, self.names, limits, policies, strict=True)]
         self._loop = EventLoopThread()
 
     # ---- Reward models ----
+
+    @property
+    def functions(self) -> list[Any]:
+        """The reward functions and models, in order."""
+        return [source.function.model if source.is_model else source.function for source in self._sources]
 
     @property
     def models(self) -> list[nn.Module]:

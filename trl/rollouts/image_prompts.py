@@ -92,20 +92,25 @@ def extend_model_inputs(inputs: ModelInputs, further: Mapping[str, Tensor], leng
     return extended
 
 
-def collate_model_inputs(inputs: list[ModelInputs], lengths: list[int]) -> ModelInputs:
+def collate_model_inputs(
+    inputs: list[ModelInputs], lengths: list[int], padding_side: str = "left", width: int | None = None
+) -> ModelInputs:
     """
-    The images of several rows as one batch, for tokens padded on the left.
+    The images of several rows as one batch.
 
     Args:
         inputs: per row.
         lengths: number of tokens per row.
+        padding_side: where the rows' tokens are padded.
+        width: to how many. Default: the longest.
     """
-    width = max(lengths)
+    width = width or max(lengths)
     batch = {}
     for name in dict.fromkeys(name for row in inputs for name in row):
         if is_per_token(name):
             rows = [padded_types(row.get(name), length) for row, length in zip(inputs, lengths, strict=True)]
-            batch[name] = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+            filled = [(width - len(row), 0) if padding_side == "left" else (0, width - len(row)) for row in rows]
+            batch[name] = torch.stack([torch.nn.functional.pad(*pair) for pair in zip(rows, filled, strict=True)])
         else:
             batch[name] = torch.cat([row[name] for row in inputs if name in row])
     return batch

@@ -1,0 +1,203 @@
+"""
+Where an online trainer's completions come from: which engine its config asks for, how it samples, and for which rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.template_rendering import ProcessingClass, inner_tokenizer
+from ..models.fused_head import cast_head_to_fp32
+from ..ops.scoring import find_causal_lm
+from ..rollouts.continuous_batching_engine import ContinuousBatchingEngine
+from ..rollouts.conversation import Conversations
+from ..rollouts.environments import EnvironmentPool
+from ..rollouts.transformers_engine import TransformersEngine
+from ..rollouts.types import Rollout, RolloutEngine, SamplingParams
+from ..rollouts.user_rollouts import rollouts_of_user_function
+from .online_config import _OnlineConfig
+
+Row: TypeAlias = "dict[str, Any]"
+RolloutFunc: TypeAlias = "Callable[[list[Any], Any], dict[str, Any]]"
+
+
+def make_engine(
+    model: nn.Module,
+    args: _OnlineConfig,
+    accelerator: Accelerator,
+    processing_class: ProcessingClass,
+    eos_token_ids: Sequence[int],
+    with_images: bool,
+) -> RolloutEngine:
+    """
+    The engine that a config asks for.
+
+    Args:
+        model: the policy.
+        args: the config.
+        accelerator: of the trainer.
+        processing_class: tokenizer or processor.
+        eos_token_ids: tokens that end a completion.
+        with_images: whether prompts have images.
+
+    Raises:
+        ValueError: the engine cannot do what is asked for.
+    """
+    if args.use_vllm:
+        raise ValueError(
+            "`use_vllm=True`, but this version generates with Transformers only. Set `use_vllm=False`; "
+            "`use_transformers_continuous_batching=True` is its faster way for completions of different lengths."
+        )
+    settings = {
+        "pad_token_id": inner_tokenizer(processing_class).pad_token_id,
+        "eos_token_ids": eos_token_ids,
+        "gather_deepspeed3_params": args.ds3_gather_for_generation,
+    }
+    if args.use_transformers_continuous_batching:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        keeps_head = getattr(args, "cast_lm_head_to_fp32", False)
+        return ContinuousBatchingEngine(
+            model,
+            accelerator,
+            config=args.transformers_continuous_batching_config,
+            dtype=dtype,
+            keep_in_fp32=[find_causal_lm(model).get_output_embeddings()] if keeps_head else (),
+            is_vision_model=with_images,
+            **settings,
+        )
+    image_token_id = getattr(processing_class, "image_token_id", None)
+    return TransformersEngine(
+        model,
+        accelerator,
+        cache_implementation=args.cache_implementation,
+        # The policy must not write a placeholder for an image that is not there.
+        suppress_tokens=[image_token_id] if image_token_id is not None else (),
+        **settings,
+    )
+
+
+def cast_head(model: nn.Module) -> None:
+    """`cast_lm_head_to_fp32`: the output head in float32."""
+    cast_head_to_fp32(find_causal_lm(model))
+
+
+def sampling_params(args: _OnlineConfig, evaluation_seed: int | None = None) -> SamplingParams:
+    """
+    How completions are sampled.
+
+    Args:
+        args: the config.
+        evaluation_seed: sample for an evaluation, with random numbers of its own: two evaluations differ by the policy
+            alone, and training goes on as if there had been none.
+    """
+    temperature = args.temperature
+    if evaluation_seed is not None and args.eval_temperature is not None:
+        temperature = args.eval_temperature
+    return SamplingParams(
+        max_completion_length=args.max_completion_length,
+        temperature=temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=evaluation_seed,
+        generation_kwargs=args.generation_kwargs or {},
+    )
+
+
+def make_environments(environment_factory: Any) -> EnvironmentPool | None:
+    """The environments, with a warning that their interface may change."""
+    if environment_factory is None:
+        return None
+    warn_experimental("environment_factory")
+    return EnvironmentPool(environment_factory)
+
+
+def warn_experimental(name: str) -> None:
+    """Warn that an argument's interface may change, unless `TRL_EXPERIMENTAL_SILENCE` is set."""
+    if not os.environ.get("TRL_EXPERIMENTAL_SILENCE"):
+        warnings.warn(
+            f"`{name}` is experimental: its interface may change in any release. TRL_EXPERIMENTAL_SILENCE=1 silences "
+            "this warning.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+class RolloutMaker:
+    """
+    Turns rows of the dataset into rollouts of the policy as it is now.
+
+    Args:
+        conversations: engine, tools and environments.
+        rollout_func: a function of the user's in their place.
+        trainer: what that function is called with.
+    """
+
+    def __init__(self, conversations: Conversations, rollout_func: RolloutFunc | None, trainer: Any):
+        self.conversations = conversations
+        self.rollout_func = rollout_func
+        self._trainer = trainer
+        self._loaded: tuple[int, int] | None = None
+
+    @property
+    def engine(self) -> RolloutEngine:
+        return self.conversations.engine
+
+    def generate(self, model: nn.Module, rows: Sequence[Row], sampling: SamplingParams) -> list[Rollout]:
+        """
+        A rollout for each row.
+
+        Args:
+            model: the policy as it is trained.
+            rows: of the dataset, not changed.
+            sampling: how.
+
+        Raises:
+            RuntimeError: no process got a single token.
+        """
+        # The weights change with the optimizer's steps; between them the engine has them already.
+        newest = (self._trainer.state.global_step, id(model))
+        if newest != self._loaded:
+            self.engine.update_weights(model)
+            self._loaded = newest
+        if self.rollout_func is None:
+            rollouts = self.conversations.generate(rows, sampling)
+        else:
+            prompts = [row.get("prompt") for row in rows]
+            rollouts = rollouts_of_user_function(
+                self.rollout_func(prompts, self._trainer),
+                prompts,
+                self.conversations.processing_class,
+                self.conversations.eos_token_ids,
+            )
+        self._check_not_empty(rollouts)
+        return rollouts
+
+    def _check_not_empty(self, rollouts: Sequence[Rollout]) -> None:
+        accelerator = self._trainer.accelerator
+        tokens = torch.tensor(sum(len(rollout.completion_ids) for rollout in rollouts), device=accelerator.device)
+        if not accelerator.reduce(tokens, reduction="sum"):
+            errors = [rollout.error for rollout in rollouts if rollout.error]
+            raise RuntimeError(
+                "All completions are empty, so there is nothing to learn from. "
+                + (f"The first sample says: {errors[0]}." if errors else "Check the engine and the stop tokens.")
+            )
+
+    def close(self) -> None:
+        """End the engine and the tools' threads."""
+        self.conversations.close()
+        self.engine.close()
+
+
+def unknown_to_nan(values: Sequence[float | None]) -> list[float]:
+    """None as NaN."""
+    return [math.nan if value is None else value for value in values]
