@@ -54,8 +54,11 @@ def make_words(count: int) -> list[str]:
 # ---- Command line ----
 
 
-def make_parser(description: str, data: str, output: str) -> argparse.ArgumentParser:
-    """The arguments that every minimal script takes. `data` says which columns, `output` is the default folder."""
+def make_parser(description: str, data: str, output: str, cuts_rows: bool = True) -> argparse.ArgumentParser:
+    """
+    The arguments that every minimal script takes. `data` says which columns, `output` is the default folder, and
+    `cuts_rows` whether rows are cut at a length.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or folder of a causal model; by default a tiny stand-in")
     parser.add_argument("--data", help=f"name of a dataset, or a .jsonl file: {data}")
@@ -69,7 +72,8 @@ def make_parser(description: str, data: str, output: str) -> argparse.ArgumentPa
     parser.add_argument("--warmup_steps", type=int, default=0)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a row; the rest is cut")
+    if cuts_rows:
+        parser.add_argument("--max_length", type=int, default=1024, help="tokens of a row; the rest is cut")
     parser.add_argument("--eval_rows", type=int, default=64, help="rows kept from the end for evaluation")
     parser.add_argument("--log_every", type=int, default=20, help="steps between two lines of output")
     parser.add_argument("--seed", type=int, default=42)
@@ -122,6 +126,17 @@ def plan_steps(count: int, args: argparse.Namespace, shuffle: bool = True) -> li
             order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
         steps += [order[start : start + rows_per_step] for start in range(0, count, rows_per_step)]
     return steps
+
+
+def plan_generations(count: int, args: argparse.Namespace) -> list[list[int]]:
+    """For each time that completions are sampled, the numbers of its prompts; as many as fill the optimizer step."""
+    prompts = args.batch_size * args.accumulation // args.num_generations
+    generator = torch.Generator().manual_seed(args.seed)
+    generations = []
+    for _ in range(args.epochs):
+        order = torch.randperm(count, generator=generator).tolist()
+        generations += [order[start : start + prompts] for start in range(0, count - prompts + 1, prompts)]
+    return generations
 
 
 def make_optimizer(model, args: argparse.Namespace, total_steps: int):
