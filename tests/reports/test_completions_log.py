@@ -228,6 +228,16 @@ def test_reading_text():
     assert completions_table._number(NAN) == "-"
 
 
+def test_the_terminal_does_not_obey_a_completion(tmp_path, capsys):
+    log = _log(tmp_path, print_table=True)
+    _add(log, ["a\x1b[2J\x9bb\rc\td"], extra={"said": ["\x1b[2J"]})
+    log.write(1)
+    shown = capsys.readouterr().out
+    assert "a\ufffd[2J\ufffdb\ufffdc" in shown
+    assert not set("\x1b\x9b\r") & set(shown)
+    assert _read(tmp_path, 1)["completion"].tolist() == ["a\x1b[2J\x9bb\rc\td"]
+
+
 # ---- The trackers ----
 
 
@@ -267,6 +277,19 @@ def test_trackers_get_the_table(tmp_path, wandb, trackio, warned):
     assert list(frame) == columns
     assert frame["completion"].tolist() == ["a", "b"]
     assert warned == []
+
+
+def test_messages_that_cannot_be_read_end_no_run(tmp_path, warned):
+    log = _log(tmp_path, print_table=True)
+    _add(log, [[{"content": 3}, "no message"]])
+    log.write(1)
+    assert [message.split(" failed: ")[0] for message in warned] == [
+        "Showing the completions",
+        "Making a table of the completions",
+    ]
+    _add(log, ["good"])
+    log.write(2)
+    assert len(_read(tmp_path, 2)) == 1
 
 
 def test_only_trackers_of_the_run_get_it(tmp_path, wandb, trackio):

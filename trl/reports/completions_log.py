@@ -194,8 +194,11 @@ class CompletionsLog:
         if not self._rows:
             return
         if self.print_table and is_rich_available():
-            self._print(step)
-        table = self._table(step)
+            _attempt("Showing the completions", lambda: self._print(step))
+        self._is_written = True
+        table = _attempt("Making a table of the completions", lambda: self._table(step))
+        if table is None:
+            return
         _attempt("Writing the completions", lambda: self._write_file(step, table))
         wandb, trackio = (sys.modules.get(name) if name in self.report_to else None for name in ("wandb", "trackio"))
         # A run can only be active in a tracker that was imported.
@@ -203,7 +206,6 @@ class CompletionsLog:
             _attempt("Sending the completions to wandb", lambda: self._send_to_wandb(wandb, table))
         if trackio is not None and trackio.context_vars.current_run.get() is not None:
             _attempt("Sending the completions to trackio", lambda: self._send_to_trackio(trackio, table))
-        self._is_written = True
 
     def _print(self, step: int) -> None:
         rows = list(self._rows)
@@ -359,11 +361,12 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _attempt(what: str, action: Callable[[], None]) -> None:
+def _attempt(what: str, action: Callable[[], ResultT]) -> ResultT | None:
     try:
-        action()
+        return action()
     except Exception as error:  # a run must not end by its log
         logger.warning(f"{what} failed: {_first_line(error)}. Training goes on.")
+        return None
 
 
 def _within(limit_s: float, action: Callable[[], ResultT]) -> ResultT:

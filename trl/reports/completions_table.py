@@ -13,6 +13,8 @@ from transformers.utils import is_rich_available
 
 # Where a response parser puts what stood between the thinking tags.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# What a model writes is shown, never obeyed: an escape sequence would move the cursor or clear the screen.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def render_text(content: Any) -> str:
@@ -63,7 +65,7 @@ def _block_text(block: Any) -> str:
 def _as_rich_text(content: Any) -> Any:
     from rich.text import Text
 
-    return Text.assemble(*_spans(content))
+    return Text.assemble(*((text.translate(_CONTROLS), style) for text, style in _spans(content)))
 
 
 def _number(value: float | None) -> str:
@@ -99,7 +101,6 @@ def print_prompt_completions_sample(
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
 
     rows = range(len(prompts))
     if num_samples is not None and num_samples < len(prompts):
@@ -122,6 +123,6 @@ def print_prompt_completions_sample(
         cells += [_number(values[row]) for values in rewards.values()]
         if advantages is not None:
             cells.append(_number(advantages[row]))
-        cells += [Text(str(values[row])) for values in extra.values()]
+        cells += [_as_rich_text(str(values[row])) for values in extra.values()]
         table.add_row(*cells)
     Console().print(Panel(table, title=f"Step {step}", border_style="dim"))
