@@ -70,6 +70,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "trl.trainer.rloo_trainer": ["RLOOTrainer"],
         "trl.trainer.sft_config": ["SFTConfig"],
         "trl.trainer.sft_trainer": ["SFTTrainer"],
+        "trl.trainer.text_evaluation": ["TextEvalPrediction", "pass_at_k", "pass_at_k_metric"],
         "trl.trainer.utils": ["get_peft_config", "get_quantization_config"],
     },
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -143,6 +144,16 @@ class GRPOTrainer(OnlineTrainer):
         self.entropy_controller = EntropyController.of(self.loss_options)
         self._entropy_threshold: Tensor | None = None
         self._step_entropy = torch.zeros(2)  # sum and count over the tokens of an optimizer step
+
+    @property
+    def environment_factories(self) -> dict[str | None, EnvironmentFactory]:
+        """What makes environments, by name; a single one is called None."""
+        return {} if self.environments is None else self.environments.factories
+
+    @property
+    def commit_scheduler(self) -> CommitScheduler | None:
+        """Uploads logged completions to the Hub; None without `log_completions_hub_repo`, and beside the main process."""
+        return None if self.completions_log is None else self.completions_log.commit_scheduler
 
     # ---- What GRPO does ----
 

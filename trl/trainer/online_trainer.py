@@ -43,7 +43,12 @@ from ..reports.completions_log import CompletionsLog
 from ..rewards.suite import RewardError, RewardSuite, RewardTable
 from ..rollouts.conversation import IMAGE_COLUMNS, Conversations
 from ..rollouts.environments import EnvironmentPool
-from ..rollouts.transformers_engine import evaluation_mode, make_generation_config, stop_token_ids
+from ..rollouts.transformers_engine import (
+    evaluation_mode,
+    forked_generators,
+    make_generation_config,
+    stop_token_ids,
+)
 from ..rollouts.types import Rollout
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer
 from .online_config import _OnlineConfig
@@ -345,6 +350,11 @@ class OnlineTrainer(ReferenceMixin, StepCountsMixin, _BaseTrainer):
             pad_token_id=self._pad_token_id,
             eos_token_id=self.eos_token_ids,
         )
+
+    @property
+    def chat_template(self) -> str | None:
+        """Template that prompts are tokenized with; None for the tokenizer's own."""
+        return self.rollouts.conversations.chat_template
 
     @property
     def reward_funcs(self) -> list[Any]:
@@ -735,7 +745,8 @@ class OnlineTrainer(ReferenceMixin, StepCountsMixin, _BaseTrainer):
         self._eval_batches = 0
         self._eval_rows_left = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else None
         self._evaluation = TextEvalCollector(self.num_generations_eval) if self.compute_metrics is not None else None
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with forked_generators(self.model):  # even a pass over the data draws a number; training is not to notice
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_num_tokens"] = self.state.num_input_tokens_seen
         if self._evaluation is not None:
             prediction, self._evaluation = self._evaluation.result(), None
@@ -765,7 +776,7 @@ class OnlineTrainer(ReferenceMixin, StepCountsMixin, _BaseTrainer):
                 [rollout.completion for rollout in rollouts],
                 [rollout.completion_ids for rollout in rollouts],
                 columns_of(rows, rollouts),
-                {**rewards, "reward": table.totals_N().tolist()},
+                {"reward": table.totals_N().tolist(), **rewards},
                 count=figures.rewards_FM.shape[1],
             )
         if self.args.log_completions and mode == "train":
@@ -782,7 +793,11 @@ class OnlineTrainer(ReferenceMixin, StepCountsMixin, _BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self._forget_rollouts()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.completions_log is not None:
+                self.completions_log.close()
 
     def _extra_state(self) -> dict[str, Any]:
         return {**super()._extra_state(), "micro_steps": self._step}
