@@ -6,13 +6,20 @@ import statistics
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import TrainerState
 
+from tests.conftest import build_model
 from tests.reports.test_doctor import Run
+from tests.reports.test_doctor import warnings_of as warnings_of_doctor
 from trl.reports.doctor import DoctorCallback
 from trl.reports.doctor_online_rules import KLDrift, online_rules
 from trl.reports.doctor_reward_rules import LengthHacking, SlowReward, ZeroStdGroups
 from trl.reports.run_log import rises
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_config import RLOOConfig
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 GRPO = {
     "loss_type": "dapo",
@@ -223,12 +230,10 @@ def rising_to(level, std, at=100):
 
 def test_reward_saturated(caplog):
     run = Run(caplog, max_steps=300, **GRPO)
-    assert warnings_of(run, range(1, 149), rising_to(2.0, 0.0)) == {}
-    assert run.feed(149, rising_to(2.0, 0.0)(149)) == ["reward_saturated"]
-    assert (
-        "reward 2 with a standard deviation of 0 over steps 100 to 149 (50 logs); it has been as low as 0.416"
-        in (run.messages[0])
-    )
+    assert warnings_of(run, range(1, 147), rising_to(2.0, 0.0)) == {}
+    assert run.feed(147, rising_to(2.0, 0.0)(147)) == ["reward_saturated"]  # two batches before the top weigh little
+    seen = "reward 2 with a standard deviation of 0.02 over steps 98 to 147 (50 logs); it has been as low as 0.416"
+    assert seen in run.messages[0]
 
 
 @pytest.mark.parametrize(("std", "rule"), [(0.024, "reward_saturated"), (0.026, "zero_std_groups")])
@@ -354,6 +359,7 @@ def test_kl_drift(caplog):
     found = warned(run_away)["kl_drift"]
     assert 190 < found <= 215  # long before it is 1, at 225
     assert warned(lambda step: usual(step, kl=0.05 * math.exp(step / 100))) == {}  # slowly
+    assert warned(lambda step: usual(step, kl=min(0.9, 0.01 * step))) == {}  # slower and slower
     assert (
         warned(lambda step: usual(step, kl=min(0.28, 0.001 * 1.1**step))) == {}
     )  # from 0 up to a level, as it should
@@ -480,6 +486,77 @@ def test_the_form_is_learnt_first(caplog):
         return usual(step, **{"completions/mean_length": length, "reward": reward, **means})
 
     assert warnings_of(Run(caplog, max_steps=200, **GRPO), range(1, 201), logs) == {}
+
+
+# ---- In a trainer ----
+
+
+def train(trainer_class, config_class, tokenizer, tmp_path, reward_funcs, **settings):
+    """A tiny model that learns to write what pays; the step and rule of each warning come from `caplog`."""
+    args = config_class(
+        str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=8,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        **settings,
+    )
+    rows = Dataset.from_dict({"prompt": ["what is it", "tell me more", "and then"] * 8})
+    trainer = trainer_class(build_model(), reward_funcs, args, rows, processing_class=tokenizer)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def low_tokens(completion_ids, **kwargs):
+    """The share of tokens from the lower half of the vocabulary."""
+    return [sum(token < 256 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def never(completion_ids, **kwargs):
+    return [0.0] * len(completion_ids)
+
+
+def fails_later(completion_ids, trainer_state, **kwargs):
+    if trainer_state.global_step >= 3:
+        raise ConnectionError("the judge is gone")
+    return [float(len(set(ids))) for ids in completion_ids]
+
+
+def test_a_real_run_that_learns_with_a_dead_source(tokenizer, tmp_path, caplog):
+    """It is silent about all that is well. A model with random weights does not end its answers."""
+    settings = {"max_steps": 105, "learning_rate": 3e-3, "beta": 0.01}
+    history = train(GRPOTrainer, GRPOConfig, tokenizer, tmp_path, [low_tokens, never], **settings)
+    rewards = [entry["reward"] for entry in history]
+    assert statistics.mean(rewards[-20:]) > statistics.mean(rewards[:20]) + 0.1
+    found = {}
+    for message in warnings_of_doctor(caplog):
+        step, rule, seen = message.splitlines()[0].replace(": ", ", ", 1).split(", ", 2)
+        found.setdefault(rule, (step, seen))
+    assert {rule: step for rule, (step, _) in found.items()} == {
+        "truncated_completions": "Step 50",
+        "dead_reward": "Step 100",
+    }
+    assert "never gave 0 to every completion" in found["dead_reward"][1]
+
+
+def test_a_learning_rate_far_too_high_is_found(tokenizer, tmp_path, caplog):
+    """The reward rises fast, at the cost of all else."""
+    settings = {"max_steps": 40, "learning_rate": 3e-2, "beta": 0.01}
+    history = train(GRPOTrainer, GRPOConfig, tokenizer, tmp_path, [low_tokens], **settings)
+    assert statistics.mean(entry["reward"] for entry in history[-5:]) > 0.75
+    (message,) = warnings_of_doctor(caplog)
+    assert "kl_drift: kl 1." in message
+
+
+def test_errors_of_a_real_run(tokenizer, tmp_path, caplog):
+    settings = {"max_steps": 6, "reward_on_error": "count"}
+    history = train(RLOOTrainer, RLOOConfig, tokenizer, tmp_path, [low_tokens, fails_later], **settings)
+    assert [entry.get("doctor/reward_errors") for entry in history] == [None] * 3 + [1.0] * 3
+    (message,) = warnings_of_doctor(caplog)
+    assert message.startswith("Step 4, reward_errors: fails_later failed for 100.0% of completions.")
 
 
 # ---- As rules ----

@@ -52,11 +52,13 @@ class EntropyCollapse(Rule):
 
     def check(self, log: RunLog) -> str | None:
         entropies = log.recent("entropy", self.logs)
-        rewards = log.phase("reward", self.phase)
-        if not log.is_online or len(entropies) < self.logs or not rewards:
+        if not log.is_online or len(entropies) < self.logs:
             return None
         now, begun = median(entropies), median(log.earliest("entropy", self.logs))
-        if now > max(self.share * begun, self.floor) or rises(values_of(rewards)) or self._is_solved(log):
+        if now > max(self.share * begun, self.floor):
+            return None
+        rewards = log.phase("reward", self.phase)
+        if not rewards or rises(values_of(rewards)) or self._is_solved(log):
             return None
         level = np.mean(values_of(rewards))
         return (
@@ -81,8 +83,9 @@ class KLDrift(Rule):
     Args:
         limit: nats per token.
         logs: the median of so many logs counts.
-        growth: how many times its value at the beginning of the phase it is at the end, if it runs away ...
-        least: ... and is at least this, in nats per token: at first it multiplies in every run.
+        growth: how many times its value at the beginning of the phase it is at the end, if it runs away, ...
+        least: ... is at least this, in nats per token, since at first it multiplies in every run, ...
+        faster: ... and rises so many times as fast as at the beginning of the phase: learning slows down.
         phase: in which it grows.
     """
 
@@ -90,6 +93,7 @@ class KLDrift(Rule):
     logs: int = 5
     growth: float = 4.0
     least: float = 0.3
+    faster: float = 2.0
     phase: Phase = LASTING
 
     name = "kl_drift"
@@ -115,9 +119,9 @@ class KLDrift(Rule):
         points = log.phase("kl", self.phase)
         if not points:
             return None
-        quarters = np.array_split(values_of(points), 4)
-        first, last = float(np.median(quarters[0])), float(np.median(quarters[-1]))
-        if last < self.least or last < self.growth * first:
+        first, *_, last = quarters = [median(quarter) for quarter in np.array_split(values_of(points), 4)]
+        increments = np.diff(quarters)
+        if last < max(self.least, self.growth * first) or increments[-1] < self.faster * max(increments[0], 0):
             return None
         return f"kl grew from {first:.3g} to {last:.3g} nats per token over {span(points)}"
 
@@ -273,19 +277,22 @@ class LengthExplosion(Rule):
 
     def check(self, log: RunLog) -> str | None:
         key = "completions/mean_length"
-        points = log.phase(key, self.phase)
-        if not points:
+        lengths = log.recent(key, self.logs)
+        if len(lengths) < self.logs:
             return None
-        now, begun = median(log.recent(key, self.logs)), median(log.earliest(key, self.logs))
+        now, begun = median(lengths), median(log.earliest(key, self.logs))
+        if now < min(self.factor, self.limit_factor) * begun:
+            return None
         longest = getattr(log.args, "max_completion_length", None)
         seen = f"mean length {now:.0f} tokens (median of {self.logs} logs), where the run began with {begun:.0f}"
         if longest and now >= self.limit_share * longest and now >= self.limit_factor * begun:
             return f"{seen}; `max_completion_length` is {longest}"
-        older, newer = (median(half) for half in np.array_split(values_of(points), 2))
-        if now < self.factor * begun or newer < self.growth * older:
+        points = log.phase(key, self.phase)
+        if not points or now < self.factor * begun:
             return None
+        older, newer = (median(half) for half in np.array_split(values_of(points), 2))
         rewards = values_of(log.phase("reward", self.phase))
-        if not rewards or rises(rewards):
+        if newer < self.growth * older or not rewards or rises(rewards):
             return None
         return f"{seen}; the reward stays at {np.mean(rewards):.3g} meanwhile, over {span(points)}"
 

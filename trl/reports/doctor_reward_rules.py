@@ -7,6 +7,7 @@ lasts is counted in steps and logs; the warm-up counts, since completions are sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -49,10 +50,10 @@ class RewardRange:
 @dataclass(frozen=True)
 class RewardSaturated(Rule):
     """
-    The reward has risen to its top, and every completion has it.
+    The reward has risen to its top, and (nearly) every completion has it.
 
     Args:
-        spread: standard deviation of the reward in each batch, relative to the largest of the run.
+        spread: mean standard deviation of the reward in a batch, relative to the largest of the run.
         height: least height of the mean within the rewards of the run (0 to 1).
         zero_std: least share of groups without a difference, in the newest log.
         phase: how long.
@@ -88,7 +89,7 @@ class RewardSaturated(Rule):
 
     def holds(self, log: RunLog, stds: Sequence[float], rewards: Sequence[float]) -> bool:
         known = RewardRange.of(log)
-        if known is None or not stds or max(stds) > self.spread * known.spread:
+        if known is None or not stds or np.mean(stds) > self.spread * known.spread:
             return False
         height = known.height(float(np.mean(rewards)))
         return height is not None and height >= self.height
@@ -226,25 +227,28 @@ class DeadReward(Rule):
 
     def check(self, log: RunLog) -> str | None:
         names = log.reward_sources()
-        if not any(self._varies(log, name) for name in names):
-            return None
         dead = [seen for name in names if (seen := self._seen(log, name)) is not None]
-        return "; ".join(dead) or None
+        return "; ".join(dead) if dead and any(self._varies(log, name) for name in names) else None
 
     def _varies(self, log: RunLog, name: str) -> bool:
         return any(point.value > _ROUNDING for point in log.phase(f"rewards/{name}/std", self.phase))
 
     def _seen(self, log: RunLog, name: str) -> str | None:
-        nones = log.phase(f"rewards/{name}/none_rate", self.phase)
-        if nones and min(values_of(nones)) == 1:
-            # Where it failed, `reward_errors` says so.
-            return None if log.value(f"rewards/{name}/error_rate") else f"{name} gave no value over {span(nones)}"
+        if log.value(f"rewards/{name}/none_rate") == 1:
+            nones = log.phase(f"rewards/{name}/none_rate", self.phase)
+            if not nones or min(values_of(nones)) < 1 or log.value(f"rewards/{name}/error_rate"):
+                return None  # of errors tells `reward_errors`
+            return f"{name} gave no value over {span(nones)}"
+        value, std = log.value(f"rewards/{name}/mean"), log.value(f"rewards/{name}/std")
+        if value is None or std is None:
+            return None
+        rounding = _ROUNDING * max(1, abs(value))
+        if std > rounding:
+            return None
         means = log.phase(f"rewards/{name}/mean", self.phase)
         stds = log.phase(f"rewards/{name}/std", self.phase)
         if not means or not stds:
             return None
-        value = means[-1].value
-        rounding = _ROUNDING * max(1, abs(value))
         if np.ptp(values_of(means)) > rounding or max(values_of(stds)) > rounding:
             return None
         if any(point.value < value - rounding for point in log.backwards(f"rewards/{name}/mean")):
@@ -260,7 +264,7 @@ class SlowReward(Rule):
     Args:
         share: of a step's time.
         seconds: for each step, least.
-        logs: the median of so many logs counts.
+        logs: the median of so many logs counts, and the mean step since.
     """
 
     share: float = 0.5
@@ -275,16 +279,18 @@ class SlowReward(Rule):
     )
 
     def check(self, log: RunLog) -> str | None:
-        times = log.recent("step_time", self.logs)
+        # Where several steps train on one generation, only one of them waits: the mean over all of them.
+        times = log.recent("step_time", math.ceil(self.logs / min(1, log.generations_per_step)))
         if len(times) < self.logs:
             return None
+        step_time = float(np.mean(times))
         for name in log.reward_sources():
             latencies = log.recent(f"rewards/{name}/latency_s", self.logs)
             if len(latencies) < self.logs:
                 continue
             each = median(latencies) * log.generations_per_step
-            if each >= self.seconds and each >= self.share * median(times):
-                return f"{name} takes {each:.1f} s of a step's {median(times):.1f} s (medians of {self.logs} logs)"
+            if each >= self.seconds and each >= self.share * step_time:
+                return f"{name} takes {each:.1f} s of a step's {step_time:.1f} s (over {self.logs} logs of it)"
         return None
 
 
@@ -319,12 +325,14 @@ class LengthHacking(Rule):
 
     def check(self, log: RunLog) -> str | None:
         points = log.phase("completions/mean_length", self.phase)
-        rewards = values_of(log.phase("reward", self.phase))
-        if not points or len(rewards) != len(points) or not rises(rewards):
+        if not points:
             return None
         lengths = np.asarray(values_of(points))
         quarters = np.array_split(lengths, 4)
         if quarters[-1].mean() < self.growth * quarters[0].mean():
+            return None
+        rewards = values_of(log.phase("reward", self.phase))
+        if len(rewards) != len(points) or not rises(rewards):
             return None
         sources = {name: values_of(log.phase(f"rewards/{name}/mean", self.phase)) for name in log.reward_sources()}
         moving = {
