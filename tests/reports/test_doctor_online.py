@@ -248,6 +248,12 @@ def test_a_reward_that_fell_to_one_value_is_not_saturated(caplog):
     assert set(warnings_of(run, range(1, 301), rising_to(0.0, 0.0))) == {"zero_std_groups"}
 
 
+def test_a_reward_that_is_the_same_for_all_below_its_top_is_not_saturated(caplog):
+    run = Run(caplog, max_steps=300, **GRPO)
+    warned = warnings_of(run, range(1, 301), lambda step: rising_to(2.0 if step < 110 else 1.8, 0.0)(step))
+    assert set(warned) == {"zero_std_groups"}
+
+
 # ---- Sources that fail, say nothing, or take long ----
 
 
@@ -304,6 +310,8 @@ def test_slow_reward(caplog):
     assert warned(19.0, steps_per_generation=16) == {} and warned(21.0, steps_per_generation=16) == {"slow_reward": 5}
     quick = constant(rewards__form__latency_s=0.9, step_time=1.0)  # a second at least
     assert warnings_of(Run(caplog, **GRPO), range(1, 20), quick) == {}
+    not_quick = constant(rewards__form__latency_s=1.1, step_time=1.0)
+    assert warnings_of(Run(caplog, **GRPO), range(1, 20), not_quick) == {"slow_reward": 5}
     once = after(10, rewards__form__latency_s=9.0)
     assert warnings_of(Run(caplog, **GRPO), range(1, 20), once) == {"slow_reward": 12}  # three of five
 
@@ -439,6 +447,16 @@ def test_length_explosion(caplog):
     to_the_limit = {"max_completion_length": 128}
     assert warned(lambda step: growing(2.8)(step) | {"reward": better[step]}, **to_the_limit)["length_explosion"] > 230
     assert warned(constant(completions__mean_length=120.0), **to_the_limit) == {}
+
+
+@pytest.mark.parametrize(("begun", "found"), [(79, True), (81, False)])
+def test_growing_up_to_the_limit(caplog, begun, found):
+    """By half at least."""
+    run = Run(caplog, max_steps=300, **{**GRPO, "max_completion_length": 128})
+    warned = warnings_of(
+        run, range(1, 100), lambda step: usual(step, **{"completions/mean_length": 119 if step > 10 else begun})
+    )
+    assert warned == ({"length_explosion": 13} if found else {})
 
 
 def hacked(follows=1.0, own=0.0, growth=2.0, accuracy_rises=0.0):
