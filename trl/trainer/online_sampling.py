@@ -4,7 +4,6 @@ Where an online trainer's completions come from: which engine its config asks fo
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +28,18 @@ Row: TypeAlias = "dict[str, Any]"
 RolloutFunc: TypeAlias = "Callable[[list[Any], Any], dict[str, Any]]"
 
 
+def check_engine(args: _OnlineConfig) -> None:
+    """
+    Raises:
+        ValueError: the config asks for an engine that there is not.
+    """
+    if args.use_vllm:
+        raise ValueError(
+            "`use_vllm=True`, but this version generates with Transformers only. Set `use_vllm=False`; "
+            "`use_transformers_continuous_batching=True` is its faster way for completions of different lengths."
+        )
+
+
 def make_engine(
     model: nn.Module,
     args: _OnlineConfig,
@@ -51,11 +62,6 @@ def make_engine(
     Raises:
         ValueError: the engine cannot do what is asked for.
     """
-    if args.use_vllm:
-        raise ValueError(
-            "`use_vllm=True`, but this version generates with Transformers only. Set `use_vllm=False`; "
-            "`use_transformers_continuous_batching=True` is its faster way for completions of different lengths."
-        )
     settings = {
         "pad_token_id": inner_tokenizer(processing_class).pad_token_id,
         "eos_token_ids": eos_token_ids,
@@ -196,8 +202,3 @@ class RolloutMaker:
         """End the engine and the tools' threads."""
         self.conversations.close()
         self.engine.close()
-
-
-def unknown_to_nan(values: Sequence[float | None]) -> list[float]:
-    """None as NaN."""
-    return [math.nan if value is None else value for value in values]
