@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.losses.advantages import group_advantages, leave_one_out_advantages
+from trl.rollouts.transformers_engine import TransformersEngine
 from trl.rollouts.types import Rollout, as_prompts
 
 from .test_examples import as_flags, load_script, logged_losses, quiet_run
@@ -24,8 +25,6 @@ ANSWER = "3, 1, 2"
 
 class ScriptedSampler:
     """In the place of sampling: completions that depend on the prompt and on how often it was asked before, alone."""
-
-    max_model_length = None
 
     def __init__(self, tokenizer):
         self.answer = tokenizer(ANSWER)["input_ids"]
@@ -46,12 +45,6 @@ class ScriptedSampler:
 
     def generate(self, prompts, sampling):
         return [Rollout(prompt.ids, self.complete(prompt.ids)) for prompt in as_prompts(prompts)]
-
-    def update_weights(self, model):
-        pass
-
-    def close(self):
-        pass
 
 
 @pytest.fixture
@@ -108,7 +101,8 @@ def test_gives_the_trainers_losses(
         ),
         train_dataset=Dataset.from_json(str(rows_file)),
     )
-    trainer.rollouts.conversations.engine = ScriptedSampler(tokenizer)
+    sampler = ScriptedSampler(tokenizer)
+    monkeypatch.setattr(TransformersEngine, "generate", lambda self, *args: sampler.generate(*args))
     trainer.train()
 
     prompts = batch_size * accumulation // 4
