@@ -662,7 +662,7 @@ def test_signature_and_attributes(tmp_path):
     ]  # fmt: skip
     trainer = make_trainer(tmp_path, beta=0.1)
     for name in (
-        "aux_loss_enabled", "beta", "chat_template", "chat_template_kwargs", "commit_scheduler",
+        "async_loop", "async_loop_ready_event", "async_loop_thread", "aux_loss_enabled", "beta", "chat_template", "chat_template_kwargs", "commit_scheduler",
         "continuous_batching_config", "entropy_coef", "environment_factories", "environments", "eos_token_ids",
         "epsilon_high", "epsilon_low", "generation_config", "generation_kwargs", "importance_sampling_level",
         "log_completions", "log_multimodal", "log_unique_prompts", "loss_type", "mask_truncated_completions",

@@ -222,7 +222,7 @@ def test_signature_and_attributes(tmp_path):
     ]  # fmt: skip
     trainer = make_trainer(tmp_path)
     for name in (
-        "aux_loss_enabled", "beta", "chat_template_kwargs", "continuous_batching_config", "eos_token_ids",
+        "async_loop", "async_loop_ready_event", "async_loop_thread", "aux_loss_enabled", "beta", "chat_template_kwargs", "continuous_batching_config", "eos_token_ids",
         "epsilon_high", "epsilon_low", "generation_config", "generation_kwargs", "log_completions", "log_multimodal",
         "log_unique_prompts", "mask_truncated_completions", "max_completion_length", "min_p", "normalize_advantages",
         "num_completions_to_print", "num_generations", "num_generations_eval", "num_iterations", "pad_to_multiple_of",

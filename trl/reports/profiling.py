@@ -47,10 +47,14 @@ class ProfilingContext:
 
     def __exit__(self, *exception: Any) -> None:
         self.duration = time.perf_counter() - self._start
-        if self.is_main_process:
-            self._report({f"{self.metric_prefix}: {self.name}": self.duration})
+        self.report(self.duration)
 
-    def _report(self, metrics: dict[str, float]) -> None:
+    def report(self, seconds: float) -> None:
+        """Send a duration that was measured elsewhere."""
+        if self.is_main_process:
+            self._send({f"{self.metric_prefix}: {self.name}": seconds})
+
+    def _send(self, metrics: dict[str, float]) -> None:
         # A run can only be active in a tracker that was imported.
         wandb, mlflow, trackio = (
             sys.modules.get(name) if name in self.report_to else None for name in ("wandb", "mlflow", "trackio")

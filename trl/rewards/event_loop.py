@@ -26,13 +26,20 @@ class EventLoopThread:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.thread: threading.Thread | None = None
+        self.ready: threading.Event | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop; None before the first coroutine, and after `close`."""
+        return self._loop
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future:
         """Start a coroutine; its result comes in the future, and cancelling the future cancels it."""
         if self._loop is None:
-            thread, self._loop, _ = start_event_loop_in_daemon("trl-rewards")
+            self.thread, self._loop, self.ready = start_event_loop_in_daemon("trl-rewards")
             self._shut_down = weakref.finalize(
-                self, shutdown_event_loop_in_daemon, thread, self._loop, timeout=RESPONSE_LIMIT_S
+                self, shutdown_event_loop_in_daemon, self.thread, self._loop, timeout=RESPONSE_LIMIT_S
             )
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 

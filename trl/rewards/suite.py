@@ -130,7 +130,7 @@ class RewardSuite:
         ]
         self.processing_classes: list[Any] = tokenizers
         self._sources = [RewardSource(*source) for source in zip(calls, self.names, limits, policies, strict=True)]
-        self._loop = EventLoopThread()
+        self.event_loop = EventLoopThread()
 
     # ---- Reward models ----
 
@@ -210,7 +210,7 @@ class RewardSuite:
                 continue
             reporting = {"log_extra": reports.log_extra, "log_metric": reports.log_metric}
             arguments = source.arguments({**everything, **reporting})
-            calls.append(RewardCall(source.name, source.function, arguments, source.limit_s, self._loop))
+            calls.append(RewardCall(source.name, source.function, arguments, source.limit_s, self.event_loop))
         return calls
 
     def _start(self, calls: list[RewardCall | None]) -> None:
@@ -232,7 +232,7 @@ class RewardSuite:
             return self._fail(source, f"{MAX_ABANDONED} earlier calls of it are still running", None, expected)
         result = call.wait()
         if isinstance(result.error, RewardTimeoutError):
-            self._loop.replace_if_blocked()
+            self.event_loop.replace_if_blocked()
             if not source.is_async and not call.done.is_set():
                 source.abandoned.append(call)
         if result.error is not None:
@@ -292,7 +292,7 @@ class RewardSuite:
 
     def close(self) -> None:
         """Stop the event loop; the next call of an asynchronous function starts a new one."""
-        self._loop.close()
+        self.event_loop.close()
 
 
 # ---- Arguments ----

@@ -5,6 +5,8 @@ reference, rewards and engine, and the order in which prompts come. What they do
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -308,6 +310,19 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
     @property
     def reward_weights(self) -> Tensor:
         return self.rewards.weights_F
+
+    @property
+    def async_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of asynchronous reward functions; None before it is needed, as its thread and event."""
+        return self.rewards.event_loop.loop
+
+    @property
+    def async_loop_thread(self) -> threading.Thread | None:
+        return self.rewards.event_loop.thread
+
+    @property
+    def async_loop_ready_event(self) -> threading.Event | None:
+        return self.rewards.event_loop.ready
 
     @property
     def reward_processing_classes(self) -> list[Any]:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from ..data.samplers import repeat_iterable_dataset
 from ..data.template_rendering import inner_tokenizer
-from ..extras.profiling import profiling_decorator
+from ..extras.profiling import profiling_context, profiling_decorator
 from ..losses.advantages import Advantages
 from ..losses.policy import PolicyLoss, PolicyLossTerm, count_units
 from ..losses.policy_metrics import policy_metrics
@@ -187,6 +187,8 @@ class OnlineTrainer(OnlineSetup):
             if rollout.error is not None:  # it counts neither for its group nor in the mean
                 table.values_FN[:, index] = torch.nan
         warn_of_broken(rollouts)
+        for name, seconds in zip(table.names, table.latencies_s, strict=True):
+            profiling_context(self, name).report(seconds)
         return table
 
     def _as_batch(self, rollouts: Sequence[Rollout], real: int) -> RolloutBatch:
