@@ -99,3 +99,18 @@ def test_command_with_a_config_file(make_online_flags, my_rewards, tmp_path, cap
     assert printed.count("'rewards/vowels/mean'") == 1
     assert f"The model is saved in {tmp_path / 'out'}" in printed
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_preview_shows_prompts_and_columns(method, make_online_flags, my_rewards, tiny_model_path, capsys):
+    flags = [*make_online_flags(), "--reward_funcs", my_rewards]
+    assert main(["preview", method, *flags, "--num_examples", "2"]) == 0
+    printed = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    text = tokenizer.apply_chat_template(ONLINE_ROWS[0]["prompt"], add_generation_prompt=True, tokenize=False)
+    assert printed.count("── row") == 2
+    assert f"── row 0: prompt, {len(tokenizer(text)['input_ids'])} tokens\n{text}" in printed
+    assert "solution (for the rewards): '$1$'" in printed
+    assert "2 completions of up to 6 tokens" in printed
+    with pytest.raises(ValueError, match="Did you mean `vowels`"):
+        main(["preview", method, *flags[:-1], "my_rewards.vowel"])

@@ -6,6 +6,7 @@ Reads the same config and flags as the training script; no weights are loaded an
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -108,6 +109,78 @@ def _preview_preferences(
         n=preview_args.num_examples,
         color=_use_color(preview_args.color),
     )
+
+
+def preview_grpo(
+    script_args: ScriptArguments,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: DatasetMixtureConfig,
+    preview_args: PreviewArguments,
+) -> str:
+    """
+    The first prompts of the training split as completions are sampled for them, and what the rewards get of each row.
+
+    Args:
+        script_args: the dataset and the rewards, which are found or refused, but not called.
+        training_args: a `GRPOConfig` or `RLOOConfig`.
+        model_args: whose tokenizer is used.
+        dataset_args: a mixture of datasets.
+        preview_args: how many rows, and colours.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: no model, no reward, or data that the trainer could not use.
+    """
+    from ..trainer.online_data import check_prompts
+    from .online import load_reward_funcs
+
+    load_reward_funcs(script_args, training_args)
+    processing_class = _processing_class(training_args, model_args)
+    dataset = select_split(
+        load_script_dataset(script_args, dataset_args), script_args.dataset_train_split, "dataset_train_split"
+    )
+    check_prompts(dataset, "train", training_args)
+    room = training_args.max_completion_length
+    sampled = f"{training_args.num_generations} completions of {f'up to {room:,}' if room else 'any number of'} tokens"
+    lines = [f"To each prompt {sampled} are sampled."]
+    for number, row in enumerate(itertools.islice(iter(dataset), preview_args.num_examples)):
+        lines += _show_prompt(number, row, processing_class, training_args, _use_color(preview_args.color))
+    return "\n".join(lines)
+
+
+preview_rloo = preview_grpo
+
+
+def _show_prompt(
+    number: int, row: dict[str, Any], processing_class: Any, training_args: Any, color: bool
+) -> list[str]:
+    """A prompt with the number of its tokens, and the other columns of its row, shortened."""
+    from ..data.chat_templates import tokenize_conversation
+    from ..data.template_rendering import inner_tokenizer
+    from ..data.templating import drop_none_fields
+    from ..data.token_view import paint_tokens
+
+    tokenizer, prompt = inner_tokenizer(processing_class), row["prompt"]
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = tokenize_conversation(
+            processing_class,
+            drop_none_fields(prompt),
+            add_generation_prompt=True,
+            **(training_args.chat_template_kwargs or {}),
+        )["input_ids"]
+    columns = {name: repr(value) for name, value in row.items() if name != "prompt" and value is not None}
+    for name, text in columns.items():
+        columns[name] = text if len(text) <= 200 else f"{text[:200]}…"
+    return [
+        f"── row {number}: prompt, {len(ids):,} tokens",
+        paint_tokens(ids, ["context"] * len(ids), tokenizer, color),
+        *(f"{name} (for the rewards): {text}" for name, text in columns.items()),
+    ]
 
 
 def _processing_class(training_args: Any, model_args: Any) -> Any:

@@ -7,12 +7,15 @@ from argparse import Namespace, _SubParsersAction
 
 from .base import Command, CommandContext
 
-PREVIEWS = {method: f"preview_{method}" for method in ("sft", "dpo", "kto", "reward")}
+PREVIEWS = {method: f"preview_{method}" for method in ("sft", "dpo", "kto", "reward", "grpo", "rloo")}
 """Method -> function of `trl.scripts.preview`."""
 
 
 class PreviewCommand(Command):
-    """Prints the first examples of a run as coloured tokens: context, trained, cut. Loads no model."""
+    """
+    Prints the first examples of a run as coloured tokens: context, trained, cut; of methods that sample, the prompts.
+    Loads no model.
+    """
 
     def __init__(self):
         super().__init__("preview", "Show what a run would train on, token by token, without a model.")
