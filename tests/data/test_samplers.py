@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import load_reference
-from trl.data.samplers import RepeatSampler, repeat_iterable_dataset
+from trl.data.samplers import RepeatSampler, WholeStream, repeat_iterable_dataset
 
 CASES = {
     name: case
@@ -127,3 +127,22 @@ def test_stream_keeps_types_and_can_be_resumed():
     fresh = repeat_iterable_dataset(dataset.to_iterable_dataset(), **settings)
     fresh.load_state_dict(state)
     assert list(fresh) == rows[12:]
+
+
+def test_processes_share_the_groups_of_a_sharded_stream():
+    """Each of two processes gets its block of every batch, however many shards the stream has."""
+    from accelerate import PartialState
+    from accelerate.data_loader import prepare_data_loader
+    from torch.utils.data import DataLoader
+
+    PartialState(cpu=True)
+    stream = Dataset.from_dict({"x": list(range(4))}).to_iterable_dataset(num_shards=4)
+    repeated = WholeStream(repeat_iterable_dataset(stream, mini_repeat_count=4))
+    rows = []
+    for index in range(2):
+        loader = prepare_data_loader(
+            DataLoader(repeated, batch_size=2, collate_fn=list), num_processes=2, process_index=index,
+            put_on_device=False, dispatch_batches=False,
+        )  # fmt: skip
+        rows.append([[row["x"] for row in batch] for batch in loader.base_dataloader])
+    assert rows[0] == rows[1] == [[0, 0], [1, 1], [2, 2], [3, 3]]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import Sampler
 
 
@@ -139,3 +140,26 @@ def _repeat_batch(batch: dict[str, list[Any]], mini_repeat_count: int, repeat_co
         column: [value for value in values for _ in range(mini_repeat_count)] * repeat_count
         for column, values in batch.items()
     }
+
+
+class WholeStream(TorchIterableDataset):
+    """
+    A stream that every process reads from its beginning to its end, and takes its rows of each batch from.
+
+    accelerate would give each process some of a stream's shards where there are enough of them; a group of rows that
+    spans processes would then be of different prompts.
+
+    Args:
+        dataset ([`~datasets.IterableDataset`]):
+            Stream of examples, in the same order on every process.
+    """
+
+    def __init__(self, dataset: IterableDataset):
+        self.dataset = dataset
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as in this epoch."""
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.dataset)

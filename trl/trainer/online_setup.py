@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..callbacks.reference_sync import SyncRefModelCallback
-from ..data.samplers import RepeatSampler, repeat_iterable_dataset
+from ..data.samplers import RepeatSampler, WholeStream, repeat_iterable_dataset
 from ..data.template_rendering import inner_tokenizer
 from ..losses.policy_options import PolicyLossOptions
 from ..models.distributed import prepare_deepspeed
@@ -352,6 +352,7 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
                 batch_size=args.generation_batch_size // self.num_generations,
                 repeat_count=self._micro_steps_per_generation,
             )
+            dataset = WholeStream(dataset) if self.accelerator.num_processes > 1 else dataset
         return self._get_dataloader(
             dataset=dataset,
             description="Training",

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..data.samplers import repeat_iterable_dataset
+from ..data.samplers import WholeStream, repeat_iterable_dataset
 from ..data.template_rendering import inner_tokenizer
 from ..extras.profiling import profiling_context, profiling_decorator
 from ..losses.advantages import Advantages
@@ -402,6 +402,7 @@ class OnlineTrainer(OnlineSetup):
             dataset = self.eval_dataset[dataset]
         if isinstance(dataset, IterableDataset):
             eval_dataset = repeat_iterable_dataset(dataset, mini_repeat_count=self.num_generations_eval)
+            eval_dataset = WholeStream(eval_dataset) if self.accelerator.num_processes > 1 else eval_dataset
         return super().get_eval_dataloader(eval_dataset)
 
     def _uncounted_row(self, row: Row) -> None:
