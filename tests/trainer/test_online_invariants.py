@@ -351,7 +351,7 @@ if process == 0:
 
 
 def distributed_trainer(method: str, output_dir, cut: tuple[int, int], options: dict, **settings):
-    """With an evaluation of five prompts, which two processes of four completions each do not share evenly."""
+    """With an evaluation of three prompts, which two processes do not share evenly."""
     return make_fixed_trainer(
         method, output_dir, [low_ids, short], eval_dataset=dataset(["the sky is", "user", "hello world,"]),
         per_device_eval_batch_size=GROUP, **options, **cut_settings(cut), **settings,
@@ -404,5 +404,8 @@ def test_two_processes_agree(tmp_path, method, cut, case, sharded):
     trainer = distributed_trainer(method, tmp_path / "one", (12, 1), options)
     trainer.model.load_state_dict(weights, strict=False)
     one = trainer.evaluate()
-    for key in ("loss", "reward", "rewards/short/mean", "completions/mean_length", "completions/clipped_ratio", "kl"):
+    keys = ["reward", "rewards/short/mean", "completions/mean_length", "completions/clipped_ratio", "kl"]
+    if "top_entropy_quantile" not in case:  # an evaluation takes that of each batch
+        keys.append("loss")
+    for key in keys:
         assert result["eval"][f"eval_{key}"] == pytest.approx(one[f"eval_{key}"], abs=1e-5), key

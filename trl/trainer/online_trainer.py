@@ -201,7 +201,9 @@ class OnlineTrainer(OnlineSetup):
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             mask_truncated=self.args.mask_truncated_completions,
         )
-        batch["train_mask"][max(real - first, 0) :] = 0  # rows that only fill the batch up
+        if self.mode == "eval":  # the last rows may only fill the batch up
+            batch["is_real"] = first + torch.arange(len(rollouts), device=self.accelerator.device) < real
+            batch["train_mask"][~batch["is_real"]] = 0
         return batch
 
     def _cut(self, batch: RolloutBatch) -> list[Tensor]:
@@ -380,7 +382,8 @@ class OnlineTrainer(OnlineSetup):
             )
             total = total + part
             if self.mode == "eval":
-                self.reducer.add("eval", "loss", term.weight * term.total, term.count, part=term.name)
+                count = _count_of_real_rows(term, inputs.get("is_real"))
+                self.reducer.add("eval", "loss", term.weight * term.total, count, part=term.name)
             if len(terms) > 1 and term.name == "policy":
                 self.reducer.add(self.mode, "policy_loss", part.detach(), 1 / self._accumulation)
         if self.aux_loss_enabled:
@@ -505,3 +508,10 @@ class OnlineTrainer(OnlineSetup):
     def _load_extra_files(self, checkpoint: str) -> None:
         super()._load_extra_files(checkpoint)
         self.buffer.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
+
+
+def _count_of_real_rows(term: PolicyLossTerm, is_real_B: Tensor | None) -> Tensor:
+    """What a term is a sum over, without rows that fill a batch up: they have no tokens, yet are completions."""
+    if is_real_B is None or term.unit in ("tokens", "trained_tokens"):
+        return term.count
+    return term.count * (is_real_B.any() if term.unit == "batches" else is_real_B.float().mean())
