@@ -2,7 +2,8 @@
 Sampling with the model that is being trained, by Transformers' own `generate`.
 
 No second copy of the weights and nothing to keep in step: what the optimizer wrote last is what samples next. Prompts
-are padded on the left, so that all rows go on from the same column. `continuous_batching_engine` is the other way.
+are padded on the left, so that all rows go on from the same column; one that several rows have goes through the model
+once. `continuous_batching_engine` is the other way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..distributed import DistributedBackend
 from ..models.generation import unwrap_model_for_generation
 from .image_prompts import collate_model_inputs
 from .sampled_logps import SampledLogps
+from .shared_prefill import shared_prefill
 from .types import Prompt, Rollout, SamplingParams, as_prompts, is_truncated
 
 # Settings of a model's own generation config that change what is sampled. Only what the user asked for may: the loss
@@ -158,6 +160,10 @@ class TransformersEngine:
         logps = SampledLogps()
         if sampling.with_logps:
             config.update(return_dict_in_generate=True, output_scores=True)
+        if not (self._forwards_together or self.cache_implementation):
+            own = [*sampling.generation_kwargs]
+            cache = shared_prefill(model, inputs, [prompt.ids for prompt in prompts], own)
+            inputs.update({"past_key_values": cache} if cache is not None else {})
         output = model.generate(
             **inputs,
             generation_config=config,
