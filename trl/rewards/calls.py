@@ -8,6 +8,7 @@ a function that has left `MAX_ABANDONED` such threads is not called again until 
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextvars
 import inspect
@@ -39,7 +40,7 @@ class CallResult:
     """What a call came to: a value or an error."""
 
     value: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass
@@ -99,16 +100,17 @@ class RewardCall:
     def start_thread(self) -> None:
         """Call a synchronous function in a thread."""
         context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(self._run,), name=f"trl-reward-{self.name}", daemon=True)
+        target = (self._run, BaseException)  # nobody else would see that it called `sys.exit`
+        thread = threading.Thread(target=context.run, args=target, name=f"trl-reward-{self.name}", daemon=True)
         thread.start()
 
-    def _run(self) -> None:
+    def _run(self, caught: type[BaseException] = Exception) -> None:
         result = CallResult()
         try:
             result.value = self.function(**self.kwargs)
             if inspect.isawaitable(result.value):  # a function that hands out a coroutine of another
                 result.value = self._run_in_loop(result.value)
-        except Exception as error:
+        except (caught, asyncio.CancelledError) as error:  # the latter of something that the function waited for
             result.error = error
         self._finish(result)
 
@@ -132,7 +134,7 @@ class RewardCall:
         result = CallResult()
         try:
             result.value = await self.function(**self.kwargs)
-        except Exception as error:
+        except BaseException as error:  # also `sys.exit`, which would end the loop
             result.error = error
         self._finish(result)
 
@@ -165,4 +167,7 @@ class RewardCall:
 
 
 async def _wait_for(awaitable: Any) -> Any:
-    return await awaitable
+    try:
+        return await awaitable
+    except SystemExit as error:  # it would end the loop
+        raise RuntimeError(f"SystemExit: {error}") from error

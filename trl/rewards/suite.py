@@ -236,7 +236,7 @@ class RewardSuite:
             if not source.is_async and not call.done.is_set():
                 source.abandoned.append(call)
         if result.error is not None:
-            what = f"{type(result.error).__name__}: {result.error}"
+            what = f"{type(result.error).__name__}: {result.error}".removesuffix(": ")
             return self._fail(source, what, result.error, expected, call.seconds)
         values = read_values(source.name, result.value, expected)
         infinite = [index for index, value in enumerate(values) if abs(value) > LARGEST]
@@ -252,7 +252,7 @@ class RewardSuite:
 
     @staticmethod
     def _fail(
-        source: RewardSource, what: str, error: Exception | None, expected: int, seconds: float = 0.0
+        source: RewardSource, what: str, error: BaseException | None, expected: int, seconds: float = 0.0
     ) -> _Outcome:
         """Stop with the function's name, or go on without its values."""
         # A model is called by all processes together: one that went on alone would wait for the others for ever.
