@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import HubServer
+from tests.rollouts.helpers import build_tool_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "MIGRATION.md", "CONTRIBUTING.md")]
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md"))
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-METHODS = ("sft", "dpo", "reward", "kto")
+TOOL_MODEL = "Qwen/Qwen3-0.6B"
+METHODS = ("sft", "dpo", "reward", "kto", "grpo", "rloo")
 BLOCK = re.compile(
     r"(?:^<!-- not run: *(?P<reason>.*?) *-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -132,6 +135,13 @@ def rated_answers() -> list[dict]:
     ]
 
 
+def problems() -> list[dict]:
+    return [
+        {"prompt": [{"role": "user", "content": f"what is {i} plus 30?"}], "solution": f"${i + 30}$"}
+        for i in range(16)
+    ]
+
+
 def jsonl(rows: list[dict]) -> bytes:
     return "\n".join(json.dumps(row) for row in rows).encode()
 
@@ -140,13 +150,26 @@ DATASETS = {
     "trl-lib/Capybara": conversations,
     "trl-lib/ultrafeedback_binarized": pairs,
     "trl-lib/kto-mix-14k": rated_answers,
+    "trl-lib/DeepMath-103K": problems,
 }
 
 
+def model_files(folder: str | Path) -> dict[str, bytes]:
+    """A model whose samples are short: so many tokens end one that a random model soon draws one of them."""
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    config = json.loads(files["generation_config.json"])
+    config["eos_token_id"] = [config["eos_token_id"], *range(64, 128)]
+    return {**files, "generation_config.json": json.dumps(config).encode()}
+
+
 @pytest.fixture(scope="module")
-def hub(tiny_model_path):
+def hub(tiny_model_path, tmp_path_factory):
+    with_tools = tmp_path_factory.mktemp("with-tools")
+    shutil.copytree(tiny_model_path, with_tools, dirs_exist_ok=True)
+    build_tool_tokenizer().save_pretrained(with_tools)
     with HubServer() as server:
-        server.add_repo(MODEL, {path.name: path.read_bytes() for path in Path(tiny_model_path).iterdir()})
+        server.add_repo(MODEL, model_files(tiny_model_path))
+        server.add_repo(TOOL_MODEL, model_files(with_tools))
         for name, rows in DATASETS.items():
             server.add_repo(name, {"train.jsonl": jsonl(rows())}, kind="datasets")
         sums = [{"question": f"What is {i} plus {i}?", "answer": f"{i} + {i} = {2 * i}"} for i in range(8)]
