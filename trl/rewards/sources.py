@@ -55,10 +55,17 @@ class RewardSource:
                 "add the column, or give the argument a default."
             )
         names = everything if self._accepted is None else [name for name in everything if name in self._accepted]
-        # A list of its own, so that a function that changes it changes nothing for the others.
-        return {
-            name: list(everything[name]) if isinstance(everything[name], list) else everything[name] for name in names
-        }
+        # Of lists a copy, so that a function that changes them changes nothing for the others or for training.
+        return {name: _copy_lists(everything[name]) for name in names}
+
+
+def _copy_lists(value: Any) -> Any:
+    """Lists and dicts copied at every depth (tokens, messages); what they hold, such as images, stays the same."""
+    if type(value) is list:
+        return [_copy_lists(item) for item in value]
+    if type(value) is dict:
+        return {key: _copy_lists(item) for key, item in value.items()}
+    return value
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[list[str], set[str] | None]:
