@@ -9,7 +9,6 @@ import re
 import pytest
 
 from trl.rollouts.transformers_engine import TransformersEngine
-from trl.scripts import grpo, rloo
 
 from .conftest import build_model
 from .rollouts.helpers import ScriptedEngine, build_tool_tokenizer, tool_call
@@ -44,12 +43,6 @@ def logged(capsys) -> dict[str, float]:
     """What the one step of a run logged."""
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{") and "'loss'" in line]
     return {key: float(value) for key, value in ast.literal_eval(line).items()}
-
-
-@pytest.mark.parametrize(("name", "script"), [("grpo", grpo), ("rloo", rloo)])
-def test_thin_scripts_are_the_commands(monkeypatch, name, script):
-    example = load_script(f"scripts/{name}.py", monkeypatch)
-    assert (example.main, example.make_parser) == (script.main, script.make_parser)
 
 
 def test_math(tmp_path, monkeypatch, tiny_model_path, capsys):

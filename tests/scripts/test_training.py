@@ -15,7 +15,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts import sft
 from trl.scripts.training import checkpoint_to_resume
 
-TRAINERS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward"}
+ONLINE = {"grpo": "GRPO", "rloo": "RLOO"}
+TRAINERS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", **ONLINE}
 
 ROWS = [{"prompt": f"what is {i} plus 1? ", "completion": f"the answer is {i + 1}."} for i in range(12)]
 
@@ -34,6 +35,18 @@ def flags(make_flags):
 
 
 @pytest.fixture
+def flags_of(make_flags, make_online_flags):
+    """Flags by method."""
+
+    def flags_of(method: str) -> list[str]:
+        if method in ONLINE:
+            return [*make_online_flags(ROWS), "--reward_funcs", "think_format_reward"]
+        return make_flags(ROWS)
+
+    return flags_of
+
+
+@pytest.fixture
 def data_folder(flags):
     return flags[flags.index("--dataset_name") + 1]
 
@@ -45,7 +58,9 @@ def data_folder(flags):
 def test_dataclasses_in_order(method):
     config = getattr(trl, f"{TRAINERS[method]}Config")
     values = script(method).make_parser().parse_args_and_config(["--lora_r", "4"])
-    assert [type(value) for value in values] == [ScriptArguments, config, ModelConfig, DatasetMixtureConfig]
+    first = getattr(script(method), f"{TRAINERS[method]}ScriptArguments") if method in ONLINE else ScriptArguments
+    assert issubclass(first, ScriptArguments)
+    assert [type(value) for value in values] == [first, config, ModelConfig, DatasetMixtureConfig]
 
 
 @pytest.mark.parametrize("method", TRAINERS)
@@ -84,9 +99,9 @@ def recorder(monkeypatch):
 
 
 @pytest.mark.parametrize("method", TRAINERS)
-def test_order(recorder, flags, tmp_path, method):
+def test_order(recorder, flags_of, tmp_path, method):
     parser = script(method).make_parser()
-    script(method).main(*parser.parse_args_and_config([*flags, "--resume_from_checkpoint", "ckpt"]))
+    script(method).main(*parser.parse_args_and_config([*flags_of(method), "--resume_from_checkpoint", "ckpt"]))
     names = [name for name, _ in recorder.calls]
     assert names == ["init", "train", "print", "save_model", "print", "end"]
     calls = dict(recorder.calls)
@@ -202,8 +217,23 @@ def test_boolean_buffers_are_left_out_of_the_synchronisation_where_asked(recorde
 
 
 @pytest.mark.parametrize("method", TRAINERS)
-def test_the_example_is_the_same_script(recorder, flags, monkeypatch, method):
+def test_the_example_is_the_same_script(recorder, flags_of, monkeypatch, method):
     example = Path(__file__).parents[2] / "examples" / "scripts" / f"{method}.py"
-    monkeypatch.setattr(sys, "argv", [str(example), *flags])
+    monkeypatch.setattr(sys, "argv", [str(example), *flags_of(method)])
     runpy.run_path(str(example), run_name="__main__")
     assert [name for name, _ in recorder.calls][:2] == ["init", "train"]
+
+
+@pytest.mark.parametrize("method", ONLINE)
+def test_the_script_is_run_as_a_file(recorder, flags_of, monkeypatch, tmp_path, method):
+    """As the launcher does it; a function of the working directory is found."""
+    (tmp_path / "rewards_of_mine.py").write_text(
+        "def one(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = script(method).__file__
+    monkeypatch.setattr(sys, "argv", [file, *flags_of(method), "rewards_of_mine.one"])
+    runpy.run_path(file, run_name="__main__")
+    rewards = dict(recorder.calls)["init"]["reward_funcs"]
+    assert [reward.__name__ for reward in rewards] == ["think_format_reward", "one"]
