@@ -508,6 +508,8 @@ class OnlineTrainer(OnlineSetup):
     def _load_extra_files(self, checkpoint: str) -> None:
         super()._load_extra_files(checkpoint)
         self.buffer.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if not all(gather_object([len(self.buffer)])):  # one process would sample anew, and wait for the others
+            self.buffer.micro_batches = []
 
 
 def _count_of_real_rows(term: PolicyLossTerm, is_real_B: Tensor | None) -> Tensor:

@@ -112,19 +112,31 @@ def select_rows(batch: RolloutBatch, rows: Tensor, pad_to_multiple_of: int | Non
 
 
 def join_batches(batches: Sequence[RolloutBatch], pad_token_id: int) -> RolloutBatch:
-    """The rows of several batches as one."""
+    """The rows of several batches as one. They may be of different generations: only some with images, say."""
     joined: RolloutBatch = {}
-    for name in batches[0]:
-        values = [batch[name] for batch in batches]
+    for name in dict.fromkeys(name for batch in batches for name in batch):
+        values = [batch[name] if name in batch else _absent(name, batch) for batch in batches]
         if name == IMAGE_INPUTS:
             joined[name] = [row for rows in values for row in rows]
         elif values[0].dim() == 1:
             joined[name] = torch.cat(values)
         else:
+            if name in COMPLETION_KEYS:  # one value for all tokens of a completion is [B, 1]
+                masks = [batch["completion_mask"] for batch in batches]
+                values = [value.expand_as(mask) for value, mask in zip(values, masks, strict=True)]
             fill = pad_token_id if name == "input_ids" else 0
             rows = [row for value in values for row in value]
             joined[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
     return joined
+
+
+def _absent(name: str, batch: RolloutBatch) -> Any:
+    """What stands for a value that a batch does not have."""
+    if name == IMAGE_INPUTS:
+        return [{}] * len(batch["input_ids"])
+    # Log-probs of the engine are unknown, and what is unknown is not corrected.
+    neutral = {"rollout_logps": math.nan, "engine_ratios": 1.0}[name]
+    return torch.full_like(batch["completion_mask"], neutral, dtype=torch.float32)
 
 
 def shuffle_groups(groups_N: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -247,11 +259,16 @@ class RolloutBuffer:
 
     def save(self, folder: str, process_index: int) -> None:
         """Write the micro-batches into a checkpoint's folder."""
-        tensors = {}
+        tensors, written = {}, set()
         for index, batch in enumerate(self.micro_batches):
             for name, value in batch.items():
                 rows = {"": value} if name != IMAGE_INPUTS else _flat(value)
-                tensors.update({f"{index}/{name}{key}": tensor.contiguous() for key, tensor in rows.items()})
+                for key, tensor in rows.items():
+                    tensor = tensor.contiguous()
+                    # Rows of a group may have one image between them, which the format does not allow.
+                    is_shared = tensor.untyped_storage().data_ptr() in written
+                    written.add(tensor.untyped_storage().data_ptr())
+                    tensors[f"{index}/{name}{key}"] = tensor.clone() if is_shared else tensor
         if tensors:
             os.makedirs(folder, exist_ok=True)
             save_file(tensors, self._path(folder, process_index))
@@ -263,14 +280,14 @@ class RolloutBuffer:
         if not os.path.isfile(path):
             return
         batches: dict[int, RolloutBatch] = {}
-        for key, tensor in sorted(load_file(path, device=str(device)).items()):
+        for key, tensor in sorted(load_file(path).items()):
             index, name, *inside = key.split("/")
             batch = batches.setdefault(int(index), {})
             if not inside:
-                batch[name] = tensor
+                batch[name] = tensor.to(device)
                 continue
             row, image_key = inside
-            batch.setdefault(name, {}).setdefault(int(row), {})[image_key] = tensor
+            batch.setdefault(name, {}).setdefault(int(row), {})[image_key] = tensor.to(device)
         for batch in batches.values():
             if IMAGE_INPUTS in batch:
                 rows = batch[IMAGE_INPUTS]
