@@ -68,6 +68,19 @@ def test_tasks_are_right_and_held_out(tasks):
     assert tasks.make_dataset(50)[:] == train[:50]
 
 
+def test_careless_demonstrations(tasks):
+    """As many as asked for are wrong, all in the same way; questions and answers stay as they are."""
+    careful, careless = tasks.make_dataset(2000), tasks.make_dataset(2000, careless=0.3)
+    assert careless["answer"] == careful["answer"]
+    assert careless["prompt"] == careful["prompt"]
+    wrong = [row for row in careless if row["completion"][0]["content"] != row["answer"]]
+    assert len(wrong) / 2000 == pytest.approx(0.3, abs=0.04)
+    assert {row["kind"] for row in wrong} == set(tasks.MAKERS)
+    for row in wrong:
+        written, answer = row["completion"][0]["content"], row["answer"]
+        assert written == answer[:-2] if " " in answer else int(written) == int(answer) + 1
+
+
 def test_tiny_tokenizer_round_trip(tiny):
     tokenizer = tiny.build_tokenizer([f"What is {i} + {i + 30}?" for i in range(60)])
     for text in ("Sort these digits: 7 2 9 4", "What is 37 + 58?", "never seen: ß 漢\n  twice"):
@@ -93,28 +106,42 @@ def test_replies_do_not_depend_on_the_batch(tiny):
 
 def test_demo_runs(tmp_path, monkeypatch, capsys):
     demo = load_script("demo/demo.py", monkeypatch)
+    # Some replies of an untrained model count as right, so that there is an accuracy to agree on.
+    monkeypatch.setattr(demo, "is_correct", lambda reply, answer: sum(map(ord, reply[:1] + answer)) % 2 == 0)
+    curves, draw = {}, demo.draw_accuracy
+    monkeypatch.setattr(demo, "draw_accuracy", lambda given, path: (curves.update(given), draw(given, path))[1])
     output = tmp_path / "out"
-    arguments = {"output_dir": output, "train_rows": 64, "held_out_rows": 8, "steps": 2}
+    arguments = {"output_dir": output, "train_rows": 64, "held_out_rows": 8, "sft_steps": 2, "grpo_steps": 1}
     result = demo.main(as_flags(arguments))
-    assert result["before"].keys() == result["after"].keys() == {"sort", "reverse", "count", "add", "all"}
-    assert (output / "training_curves.png").read_bytes().startswith(b"\x89PNG")
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    model = AutoModelForCausalLM.from_pretrained(output)
-    assert tokenizer.chat_template
-    assert model.num_parameters() < 3_000_000
+    for accuracy in result.values():
+        assert accuracy.keys() == {"sort", "reverse", "count", "add", "all"}
+    assert 0 < result["GRPO"]["all"] < 1
+    # The curve goes from what was measured before a phase to what was after, whoever measured.
+    assert [count for count, _ in curves["SFT"]] == [0, 32, 64]
+    assert [count for count, _ in curves["GRPO"]] == [0, 256]
+    ends = {phase: (points[0][1], points[-1][1]) for phase, points in curves.items()}
+    assert ends["SFT"] == (result["untrained"]["all"], result["SFT"]["all"])
+    assert ends["GRPO"] == (result["SFT"]["all"], result["GRPO"]["all"])
+    for picture in ("accuracy.png", "sft/training_curves.png", "grpo/training_curves.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    for phase in ("sft", "grpo"):
+        assert AutoTokenizer.from_pretrained(output / phase).chat_template
+        assert AutoModelForCausalLM.from_pretrained(output / phase).num_parameters() < 3_000_000
     printed = capsys.readouterr().out
-    for expected in ("before", "after", str(output), "training_curves.png"):
+    for expected in ("untrained", "after SFT", "after GRPO", "reward", str(output), "accuracy.png"):
         assert expected in printed
 
 
 @pytest.mark.slow
-def test_demo_learns_in_three_minutes(tmp_path, monkeypatch):
+def test_demo_learns_twice_in_six_minutes(tmp_path, monkeypatch):
+    """Within six minutes of two cores: fine-tuning learns the tasks with their mistakes, rewards take these away."""
     demo = load_script("demo/demo.py", monkeypatch)
-    started = time.monotonic()
+    started = time.process_time()  # of all threads: a busy machine is no slower by it
     result = demo.main(["--output_dir", str(tmp_path / "out")])
-    assert time.monotonic() - started < 180
-    assert result["before"]["all"] < 0.05
-    assert result["after"]["all"] > 0.6
+    assert time.process_time() - started < 2 * 360
+    assert result["untrained"]["all"] < 0.05
+    assert result["SFT"]["all"] > 0.2
+    assert result["GRPO"]["all"] > result["SFT"]["all"] + 0.1
 
 
 # ---- The minimal twins ----

@@ -7,9 +7,10 @@ Four kinds, each asked in a few phrasings:
     How many times does 3 appear in 3 1 3 4 3 8?  -> 3
     What is 37 + 58?                  -> 95
 
-Every answer can be checked exactly, so the same file serves fine-tuning (a `completion` to learn from), evaluation
-(`accuracy`) and, later, reinforcement learning (`prompt` and `answer`). A question is held out when a hash of its
-text says so; no row of one split can therefore appear in the other, whatever the sizes and seeds.
+Every answer can be checked exactly, so the same file serves fine-tuning (a `completion` to learn from), evaluation and
+reinforcement learning (`prompt` and `answer`). Demonstrations can be made as people's are: not always right. A question
+is held out when a hash of its text says so; no row of one split can therefore appear in the other, whatever the sizes
+and seeds.
 """
 
 from __future__ import annotations
@@ -62,9 +63,15 @@ def is_held_out(question: str) -> bool:
     return zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0
 
 
-def generate_rows(held_out: bool, seed: int) -> Iterator[dict]:
+def spoil(answer: str) -> str:
+    """What a careless writer says: a list without its last digit, a number one too large."""
+    *digits, last = answer.split()
+    return " ".join(digits) if digits else str(int(last) + 1)
+
+
+def generate_rows(held_out: bool, seed: int, careless: float = 0.0) -> Iterator[dict]:
     """Yield distinct rows of one split for ever, the kinds in turn."""
-    rng = random.Random(seed)
+    rng, mood = random.Random(seed), random.Random(f"mood {seed}")
     seen = set()
     while True:
         for kind, make in MAKERS.items():
@@ -73,26 +80,28 @@ def generate_rows(held_out: bool, seed: int) -> Iterator[dict]:
             if question in seen or is_held_out(question) is not held_out:
                 continue
             seen.add(question)
+            written = spoil(answer) if mood.random() < careless else answer
             yield {
                 "prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": answer}],
+                "completion": [{"role": "assistant", "content": written}],
                 "answer": answer,
                 "kind": kind,
             }
 
 
-def make_dataset(size: int, *, held_out: bool = False, seed: int = 0) -> Dataset:
+def make_dataset(size: int, *, held_out: bool = False, seed: int = 0, careless: float = 0.0) -> Dataset:
     """A prompt-completion dataset in chat form.
 
     Args:
         size: number of rows, all different.
         held_out: take questions of the test split instead of the training split.
         seed: of the generator.
+        careless: share of completions that are wrong, each in the same way (see `spoil`).
 
     Returns:
-        Dataset with columns `prompt` and `completion` (lists of messages), `answer` (str) and `kind` (str).
+        Dataset with columns `prompt` and `completion` (lists of messages), `answer` (str, always right) and `kind` (str).
     """
-    rows = generate_rows(held_out, seed)
+    rows = generate_rows(held_out, seed, careless)
     return Dataset.from_list([next(rows) for _ in range(size)])
 
 
