@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+import trl
 from tests.hub_server import HubServer
 from tests.rollouts.helpers import build_tool_tokenizer
 
@@ -263,6 +265,53 @@ def check_extras(requirement: str) -> None:
     match = re.fullmatch(r"\.(?:\[(.+)\])?", requirement)
     assert match, requirement
     assert set((match[1] or "").split(",")) - {""} <= known
+
+
+def explained(page: str) -> set[str]:
+    """What a page's text names as code: `name`, or `name=value`."""
+    text = BLOCK.sub("", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    return {name.split("=")[0] for name in re.findall(r"`([^`\n]+)`", text)}
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_every_option_of_online_training_is_explained(method):
+    """Each field that only methods have which sample is in the text of their page, not only in the table at its end."""
+    declared = {
+        name
+        for base in getattr(trl, f"{method}Config").__mro__
+        if base.__module__ in ("trl.trainer.online_config", f"trl.trainer.{method.lower()}_config")
+        for name in vars(base).get("__annotations__", {})
+        if not name.startswith("_")
+    }
+    assert len(declared) > 40
+    pages = explained("grpo.md") if method == "GRPO" else explained("grpo.md") | explained("rloo.md")
+    assert declared - pages - {"remove_unused_columns"} == set()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("GRPO", {"beta": 0.1, "entropy_coef": 0.01}),
+        ("GRPO", {"loss_type": "cispo", "epsilon_high": 5.0}),
+        ("GRPO", {"loss_type": "vespo"}),
+        ("RLOO", {}),
+    ],
+)
+def test_every_logged_metric_is_explained(tmp_path, tiny_model, tokenizer, method, settings):
+    def brief(completions, log_metric, **kwargs):
+        log_metric("longest", max(map(len, completions)))
+        return [-float(len(text)) for text in completions]
+
+    args = getattr(trl, f"{method}Config")(
+        str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
+        max_steps=1, per_device_train_batch_size=4, num_generations=2, max_completion_length=4, **settings,
+    )  # fmt: skip
+    prompts = Dataset.from_list([{"prompt": "the sky is"}] * 2)
+    trainer = getattr(trl, f"{method}Trainer")(tiny_model, brief, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    logged = {key.replace("/brief/", "/{name}/") for key in trainer.state.log_history[0]}
+    assert {"reward", "rewards/{name}/mean", "longest"} <= logged
+    assert logged - explained("logged_metrics.md") == {"longest", "step"}  # by its own name, and of the log itself
 
 
 def test_the_readme_command_trains(tmp_path, hub, worker):
