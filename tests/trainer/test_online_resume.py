@@ -297,7 +297,10 @@ make_trainer(output_dir, variant, callbacks=[Watch()]).train()
 """
 
 
-@pytest.mark.parametrize(("moment", "variant"), [("inside a step", "rloo"), ("inside the completions", "grpo_across")])
+@pytest.mark.parametrize(
+    ("moment", "variant"),
+    [("inside the completions", "grpo_across"), pytest.param("inside a step", "rloo", marks=pytest.mark.slow)],
+)
 def test_sigkill(tmp_path, uninterrupted, moment, variant):
     _, expected = uninterrupted(variant)
     script = tmp_path / "worker.py"
@@ -312,3 +315,50 @@ def test_sigkill(tmp_path, uninterrupted, moment, variant):
     assert Path(get_last_checkpoint(tmp_path / "run")).name == "checkpoint-3"
     assert json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     assert_same_end(resume(tmp_path / "run", variant, True), expected, after=3)
+
+
+# ---- Two processes ----
+
+DISTRIBUTED_WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from tests.trainer.test_online_resume import assert_same_end, log_of, resume, make_trainer, weights_of
+
+variant, output_dir = sys.argv[1:]
+settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
+trainer = make_trainer(output_dir + "/whole", variant, **settings)
+trainer.train()
+expected = log_of(trainer), trainer.sampled, {n: w for n, w in weights_of(trainer).items()}
+process, folder = trainer.accelerator.process_index, Path(output_dir, "whole", "checkpoint-5")
+assert trainer.accelerator.num_processes == 2
+assert all((folder / f"rollouts_{index}.safetensors").is_file() for index in range(2))
+trainer = resume(output_dir + "/resumed", variant, str(folder), save_strategy="no", **settings)
+assert_same_end(trainer, expected, after=5)
+
+# One process has lost its completions: all sample anew, rather than one waiting for the others.
+trainer.accelerator.wait_for_everyone()
+if process == 0:
+    (folder / "rollouts_1.safetensors").unlink()
+trainer.accelerator.wait_for_everyone()
+trainer = resume(output_dir + "/lost", variant, str(folder), save_strategy="no", **settings)
+assert list(trainer.sampled)[0] == 5
+weights = torch.cat([weight.flatten() for weight in weights_of(trainer).values()])
+assert (trainer.accelerator.gather(weights[None])[0] == weights).all()
+Path(output_dir, f"done_{process}").touch()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["grpo_four_steps", "grpo_across", "rloo"])
+def test_two_processes(tmp_path, variant):
+    script = tmp_path / "worker.py"
+    script.write_text(DISTRIBUTED_WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*command, variant, str(tmp_path)],
+        cwd=ROOT, env=environment, timeout=300, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert all((tmp_path / f"done_{process}").is_file() for process in range(2))

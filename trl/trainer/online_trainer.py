@@ -493,6 +493,16 @@ class OnlineTrainer(OnlineSetup):
             if self.completions_log is not None:
                 self.completions_log.close()
 
+    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: DataLoader, **kwargs: Any) -> None:
+        # Where a resumed run on several processes skips batches, the base class does not find the sampler.
+        batch_sampler = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(batch_sampler, "batch_sampler"):
+            batch_sampler = batch_sampler.batch_sampler
+        sampler = getattr(batch_sampler, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
     def _extra_state(self) -> dict[str, Any]:
         return {**super()._extra_state(), "micro_steps": self._step}
 
