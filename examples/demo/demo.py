@@ -156,19 +156,20 @@ class AccuracyCurve(TrainerCallback):
 
 
 def show(rows: Dataset, accuracies: dict[str, dict[str, float]], replies: dict[str, list[str]]) -> None:
-    print("\nQuestions the model has never seen              after SFT        after GRPO")
+    print(f"\n{'Questions the model has never seen':<48} {'after SFT':<16} {'after GRPO':<16}")
     for kind in MAKERS:
         for index in [index for index, row in enumerate(rows) if row["kind"] == kind][:2]:
-            answer = rows[index]["answer"]
+            question, answer = rows[index]["prompt"][-1]["content"], rows[index]["answer"]
             said = [mark(replies[phase][index], answer) for phase in ("SFT", "GRPO")]
-            print(f"  {rows[index]['prompt'][-1]['content']:<44}  {said[0]:<15}  {said[1]}")
-    print("\nAccuracy on held-out questions" + "".join(f"{name:>12}" for name in accuracies))
+            print(f"  {question:<46} {said[0]:<16} {said[1]}".rstrip())
+    print(f"\n{'Accuracy on held-out questions':<30}" + "".join(f"{name:>12}" for name in accuracies))
     for name in (*MAKERS, "all"):
         if name in accuracies["GRPO"]:
             print(f"  {name:<28}" + "".join(f"{accuracy[name]:>12.1%}" for accuracy in accuracies.values()))
 
 
 def mark(reply: str, answer: str) -> str:
+    """What was said, cut to its column: + where it is right, - where it is wrong."""
     return ("+ " if is_correct(reply, answer) else "- ") + reply.strip()[:14]
 
 

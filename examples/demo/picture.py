@@ -6,8 +6,8 @@ from pathlib import Path
 
 COLOURS = {"SFT": "#3465a4", "GRPO": "#c4561a"}
 LEARNED_FROM = {
-    "SFT": "imitates demonstrations,\nhalf of them with a mistake",
-    "GRPO": "is told which of its\nattempts are right",
+    "SFT": "imitates demonstrations,\nmistakes included",
+    "GRPO": "is told which of its own\nanswers are right",
 }
 
 
@@ -36,7 +36,7 @@ def draw_accuracy(curves: dict[str, list[tuple[int, float]]], path: Path) -> Pat
         axis.axvspan(begin, places[-1], color=colour, alpha=0.06, linewidth=0)
         axis.plot(places, accuracies, color=colour, marker="o", markersize=4, linewidth=2)
         axis.annotate(
-            f"{accuracies[-1]:.0%}",
+            f"{accuracies[-1]:.1%}",
             (places[-1], accuracies[-1]),
             (-6, 8),
             textcoords="offset points",
