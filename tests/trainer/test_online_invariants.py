@@ -7,19 +7,24 @@ Every case is held against a plain loop in float64 that sees one completion at a
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from .online_helpers import (
     GROUP,
+    QUIET,
     SETTINGS,
     TOLERANCE,
     Generation,
@@ -29,6 +34,7 @@ from .online_helpers import (
     dataset,
     low_ids,
     make_fixed_trainer,
+    make_online_trainer,
     nothing,
     quick_garbage_collection,
     record,
@@ -300,6 +306,56 @@ def test_adapters_agree(tmp_path, method, layout):
     assert losses == pytest.approx(expected_losses, abs=TOLERANCE)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], atol=TOLERANCE, rtol=0, msg=name)
+
+
+# ---- Memory ----
+
+
+@dataclass
+class MemoryWatch(TrainerCallback):
+    """At every 50th step: live tensors and their bytes, the bytes of Python's objects, and the process's MiB."""
+
+    tensors: list[tuple[int, int]] = field(default_factory=list)
+    python_bytes: list[int] = field(default_factory=list)
+    resident_mib: list[float] = field(default_factory=list)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 50:
+            return
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+        self.tensors.append((len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+        self.python_bytes.append(tracemalloc.get_traced_memory()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.resident_mib.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's own figures of a process")
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_does_not_grow(tmp_path, method):
+    """200 steps on 50 generations that are really sampled, with evaluations and logged completions."""
+    watch = MemoryWatch()
+    settings = {
+        **QUIET, "max_steps": 200, "logging_steps": 10, "learning_rate": 1e-4, "beta": 0.1, "num_iterations": 2,
+        "per_device_train_batch_size": GROUP, "steps_per_generation": 2, "gradient_accumulation_steps": 1,
+        "num_generations": GROUP, "max_completion_length": 6, "log_completions": True, "num_completions_to_print": 0,
+        "eval_strategy": "steps", "eval_steps": 20, "per_device_eval_batch_size": 8,
+    }  # fmt: skip
+    trainer = make_online_trainer(
+        method, tmp_path, [low_ids, short], callbacks=[watch], eval_dataset=dataset(["the sky is", "user"]), **settings
+    )
+    tracemalloc.start()
+    try:
+        trainer.train()
+    finally:
+        tracemalloc.stop()
+    counts, sizes = zip(*watch.tensors, strict=True)
+    assert max(counts) - min(counts) < 8, counts  # a tensor that stays with each generation makes 37
+    assert max(sizes) - min(sizes) < 20_000, sizes  # generations differ in length
+    assert watch.python_bytes[-1] - watch.python_bytes[0] < 300_000, watch.python_bytes  # the log grows
+    assert watch.resident_mib[-1] - watch.resident_mib[0] < 10, watch.resident_mib
+    print("Memory:", method, watch.tensors, watch.python_bytes, watch.resident_mib)
 
 
 # ---- Two processes ----
