@@ -107,7 +107,7 @@ def test_replies_do_not_depend_on_the_batch(tiny):
 def test_demo_runs(tmp_path, monkeypatch, capsys):
     demo = load_script("demo/demo.py", monkeypatch)
     # Some replies of an untrained model count as right, so that there is an accuracy to agree on.
-    monkeypatch.setattr(demo, "is_correct", lambda reply, answer: sum(map(ord, reply[:1] + answer)) % 2 == 0)
+    monkeypatch.setattr(demo, "is_correct", lambda reply, answer: sum(map(ord, reply[:1] + answer)) % 3 == 0)
     curves, draw = {}, demo.draw_accuracy
     monkeypatch.setattr(demo, "draw_accuracy", lambda given, path: (curves.update(given), draw(given, path))[1])
     output = tmp_path / "out"
@@ -115,7 +115,7 @@ def test_demo_runs(tmp_path, monkeypatch, capsys):
     result = demo.main(as_flags(arguments))
     for accuracy in result.values():
         assert accuracy.keys() == {"sort", "reverse", "count", "add", "all"}
-    assert 0 < result["GRPO"]["all"] < 1
+    assert result["GRPO"]["all"] not in (0, 0.5, 1)  # neither all nor as many as are wrong
     # The curve goes from what was measured before a phase to what was after, whoever measured.
     assert [count for count, _ in curves["SFT"]] == [0, 32, 64]
     assert [count for count, _ in curves["GRPO"]] == [0, 256]
