@@ -173,6 +173,20 @@ def test_an_adapter_takes_part(make, tiny_model):
     assert [rollout.completion_ids for rollout in rollouts] == greedy_one_by_one(adapted, PROMPTS, 6)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_it_samples_in_the_precision_of_training(tiny_model, adapted):
+    """All of it, prompt and tokens; `generate` of an adapter does not go through the forward that training wraps."""
+    projection = tiny_model.model.layers[0].self_attn.o_proj
+    model = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj", "v_proj"])) if adapted else tiny_model
+    engine = make_engine(model)
+    engine.accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    dtypes = []
+    projection.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    engine.generate(PROMPTS, GREEDY)
+    assert set(dtypes) == {torch.bfloat16}
+    assert len(dtypes) >= GREEDY.max_completion_length
+
+
 def test_no_length_means_the_context(tiny_model):
     engine = make_engine(tiny_model, max_model_length=8)
     rollouts = engine.generate([[5, 6, 7]], SamplingParams(max_completion_length=None, temperature=0.0))

@@ -106,7 +106,9 @@ class TransformersEngine:
         """
         rows = [prompt for prompt in as_prompts(prompts) for _ in range(sampling.n)]
         rollouts: dict[int, Rollout] = {}
-        with self._ready_model() as model, seeded(sampling.seed, model):
+        # The precision of training, for adapters too, whose `generate` goes past the forward that training wraps; and one
+        # autocast around all tokens casts the weights once, rather than for each token anew.
+        with self._ready_model() as model, seeded(sampling.seed, model), self.accelerator.autocast():
             for indices in self._batches(rows):
                 batch = [rows[index] for index in indices]
                 rollouts.update(zip(indices, self._generate_batch(model, batch, sampling), strict=True))
