@@ -39,7 +39,8 @@ TIMINGS = ("runtime", "per_second", "total_flos", "step_time", "latency_s")
 # A generation has two prompts, and 5 rows make an epoch of two generations; in every fourth step an epoch ends.
 TWO_STEPS = {"steps_per_generation": 2, "gradient_accumulation_steps": 1}
 VARIANTS = {
-    "grpo": ("grpo", {}),
+    # Four micro-batches, whose order is drawn.
+    "grpo": ("grpo", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
     "grpo_two_steps": ("grpo", TWO_STEPS),
     "grpo_two_iterations": ("grpo", {"num_iterations": 2, "loss_type": "grpo"}),
     "grpo_four_steps": ("grpo", {**TWO_STEPS, "num_iterations": 2, "beta": 0.1, "balance_micro_batches": True}),
@@ -52,7 +53,7 @@ VARIANTS = {
     "grpo_adaptive": (
         "grpo",
         {
-            **TWO_STEPS, "use_adaptive_entropy": True, "entropy_target": 4.2, "entropy_coef": 0.3,
+            **TWO_STEPS, "use_adaptive_entropy": True, "entropy_target": 6.0, "entropy_coef": 0.3,
             "entropy_coef_delta": 0.1, "top_entropy_quantile": 0.6, "logging_steps": 3,
         },
     ),
@@ -197,6 +198,7 @@ def test_the_runs_are_what_they_are_meant_to_be(uninterrupted):
 
 CASES = [("grpo_two_steps", step) for step in range(1, STEPS)]
 CASES += [(variant, step) for variant in VARIANTS if variant != "grpo_two_steps" for step in (3, 4)]
+CASES += [("grpo_adaptive", 5)]  # between two logs, after a generation
 
 
 @pytest.mark.parametrize(("variant", "step"), CASES)
@@ -248,6 +250,28 @@ def test_without_its_completions_a_generation_is_sampled_anew(tmp_path, uninterr
     prompts = [sorted({tuple(row[:2]) for row in batches[0]}) for batches in (sampled[0], trainer.sampled[2])]
     assert prompts[0] == prompts[1], "of the same prompts"
     assert log_of(trainer)[2]["loss"] != log[2]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "steps"),
+    [({"ignore_data_skip": True}, [2, 6]), ({"num_iterations": 1}, [2, 4, 6]), ({"num_iterations": 3}, [6])],
+    ids=["data from its beginning", "fewer iterations", "more iterations"],
+)
+def test_generations_keep_to_the_data(tmp_path, checkpoint, changed, steps):
+    """However a resumed run differs, it samples for the prompts that come, when they come."""
+    trainer = make_trainer(tmp_path / "out", "grpo_four_steps", save_strategy="no", **changed)
+    begin, prompts = trainer._begin_step, []
+
+    def recorded(model, row_batches):
+        prompts.append({row["prompt"] for rows in row_batches for row in rows})
+        begin(model, row_batches)
+        trained = trainer.processing_class.batch_decode(trainer.buffer.micro_batches[0]["input_ids"])
+        assert all(any(text.startswith(prompt) for prompt in prompts[-1]) for text in trained)
+
+    trainer._begin_step = recorded
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert len(prompts) == STEPS - 2
+    assert list(trainer.sampled) == steps
 
 
 def test_the_run_depends_on_the_random_numbers(tmp_path, uninterrupted, checkpoint):

@@ -493,6 +493,18 @@ class OnlineTrainer(OnlineSetup):
             if self.completions_log is not None:
                 self.completions_log.close()
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        ahead = (batches - self._step) % self._micro_steps_per_generation
+        if ahead:
+            logger.warning(
+                "The data does not go on where the checkpoint's generation was left: `ignore_data_skip`, or the number "
+                "of processes, the batch size or `num_iterations` are not what they were. Completions are sampled anew."
+            )
+            self._step += ahead
+            self.buffer.micro_batches = []
+        return passes, batches
+
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: DataLoader, **kwargs: Any) -> None:
         # Where a resumed run on several processes skips batches, the base class does not find the sampler.
         batch_sampler = getattr(train_dataloader, "batch_sampler", None)
