@@ -397,6 +397,14 @@ def test_a_stream(tmp_path):
     assert [len({row["answer"] for row in batch[start : start + 4]}) for start in (0, 4)] == [1, 1]
 
 
+@pytest.mark.parametrize("when", ["at construction", "by evaluate"])
+def test_a_stream_is_evaluated_beside_a_dataset_that_is_none(tmp_path, when):
+    stream = IterableDataset.from_generator(lambda: iter(PROMPTS.to_list()[:3]))
+    trainer = make_trainer(tmp_path, eval_dataset={"stream": stream} if when == "at construction" else None)
+    metrics = trainer.evaluate() if when == "at construction" else trainer.evaluate({"stream": stream})
+    assert math.isfinite(metrics["eval_stream_reward"])
+
+
 # ---- Adapters and references ----
 
 

@@ -380,8 +380,42 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
     def judge(completions, solution, **kwargs):
         return [1.0] * len(completions)
 
+    trainer = make_trainer(tmp_path, judge)  # its `rollout_func` might have brought the column along
     with pytest.raises(RewardError, match="'judge' needs `solution`"):
-        make_trainer(tmp_path, judge).train()
+        trainer.train()
+
+
+@pytest.mark.parametrize("lacking", ["train", "eval", "eval 'hard'"])
+def test_a_column_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path, lacking):
+    """Also one that only an evaluation, hours later, would have asked for."""
+
+    def judge(completions, solution, **kwargs):
+        return [1.0] * len(completions)
+
+    whole, without = dataset().add_column("solution", PROMPTS), dataset().add_column("answer", PROMPTS)
+    datasets = {
+        "train": {"train_dataset": without},
+        "eval": {"train_dataset": whole, "eval_dataset": without},
+        "eval 'hard'": {"train_dataset": whole, "eval_dataset": {"easy": whole, "hard": without}},
+    }[lacking]
+    name = lacking.replace("eval", "eval dataset").replace("train", "train dataset")
+    message = f"'judge' needs `solution`, and the {name} has no such column.*`completion_ids`, `answer`. Rename"
+    with pytest.raises(RewardError, match=message):
+        make_online_trainer("rloo", tmp_path, judge, model="no-such-model", num_generations=4, **QUIET, **datasets)
+
+
+def test_a_function_gets_what_it_names(tmp_path):
+    """The check before training takes nothing for missing that is there later."""
+    seen = []
+
+    def judge(prompts, completions, completion_ids, solution, trainer_state, log_extra, log_metric):
+        seen.extend(solution)
+        return [1.0] * len(completions)
+
+    rows = dataset().add_column("solution", PROMPTS)
+    settings = {**SETTINGS, "per_device_train_batch_size": BATCH, "max_steps": 1}
+    make_online_trainer("rloo", tmp_path, judge, train_dataset=rows, **settings).train()
+    assert seen == [prompt for prompt in PROMPTS[:3] for _ in range(GROUP)]
 
 
 @pytest.mark.parametrize("method", METHODS)

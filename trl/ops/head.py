@@ -85,10 +85,16 @@ def maybe_gather_lm_head_ctx(*params: torch.nn.Parameter | None) -> contextlib.A
     """
     Context in which parameters that DeepSpeed ZeRO-3 has partitioned are whole; does nothing for any other.
 
+    Inside the head's forward they are whole already, and DeepSpeed refuses to free what a running module holds.
+
     Args:
         *params: the head's weight and bias; `None` is skipped.
     """
-    partitioned = [param for param in params if param is not None and hasattr(param, "ds_id")]
+    partitioned = [
+        param
+        for param in params
+        if param is not None and hasattr(param, "ds_id") and not getattr(param, "ds_active_sub_modules", None)
+    ]
     if not partitioned:
         return contextlib.nullcontext()
     import deepspeed

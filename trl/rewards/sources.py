@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,6 +16,10 @@ from torch import Tensor
 from ..extras.plain import get_callable_name, is_async_callable
 from .calls import RewardCall
 from .reward_models import RewardModel
+
+# What every function is given besides the columns.
+TEXTS = ("prompts", "completions", "completion_ids")
+REPORTING = ("trainer_state", "log_extra", "log_metric")
 
 
 class RewardError(RuntimeError):
@@ -44,16 +48,20 @@ class RewardSource:
         self.abandoned: list[RewardCall] = []
         self._needed, self._accepted = _parameters(function)
 
-    def arguments(self, everything: dict[str, Any]) -> dict[str, Any]:
-        """What the function is called with: all of it, or what it asks for by name if it takes no `**kwargs`."""
-        missing = [name for name in self._needed if name not in everything]
+    def check_columns(self, names: Collection[str], dataset: str = "dataset") -> None:
+        """Refuse a function that needs an argument which is not among these names."""
+        missing = [name for name in self._needed if name not in names]
         if missing:
-            columns = [key for key, value in everything.items() if isinstance(value, list)]
             raise RewardError(
                 f"The reward function {self.name!r} needs {', '.join(f'`{name}`' for name in missing)}, and the "
-                f"dataset has no such column. There are: {', '.join(f'`{column}`' for column in columns)}. Rename or "
-                "add the column, or give the argument a default."
+                f"{dataset} has no such column. There are: "
+                f"{', '.join(f'`{name}`' for name in names if name not in REPORTING)}. Rename or add the column, or "
+                "give the argument a default."
             )
+
+    def arguments(self, everything: dict[str, Any]) -> dict[str, Any]:
+        """What the function is called with: all of it, or what it asks for by name if it takes no `**kwargs`."""
+        self.check_columns(everything)
         names = everything if self._accepted is None else [name for name in everything if name in self._accepted]
         # Of lists a copy, so that a function that changes them changes nothing for the others or for training.
         return {name: _copy_lists(everything[name]) for name in names}

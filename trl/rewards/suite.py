@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,7 +25,16 @@ from .calls import MAX_ABANDONED, Collected, RewardCall, RewardTimeoutError
 from .environments import environment_reward
 from .event_loop import EventLoopThread
 from .reward_models import RewardModel
-from .sources import RewardError, RewardSource, RewardValueError, read_values, reward_name, unique_names
+from .sources import (
+    REPORTING,
+    TEXTS,
+    RewardError,
+    RewardSource,
+    RewardValueError,
+    read_values,
+    reward_name,
+    unique_names,
+)
 from .table import RewardTable
 
 __all__ = ["RewardError", "RewardSuite", "RewardTable", "RewardValueError"]
@@ -151,6 +160,25 @@ class RewardSuite:
                 source.function.model = prepare(source.function.model)
 
     # ---- Scoring ----
+
+    def check_columns(
+        self, columns: Collection[str], dataset: str = "dataset", *, with_environments: bool = False
+    ) -> None:
+        """
+        Refuse, before anything is sampled, functions that need what they would not get.
+
+        Args:
+            columns: of the dataset.
+            dataset: what to call it.
+            with_environments: whether completions run in environments.
+
+        Raises:
+            RewardError: a function needs a column that is not there.
+        """
+        others = ["environments"] if with_environments else []
+        names = [*TEXTS, *(name for name in columns if name not in NOT_FORWARDED), *others, *REPORTING]
+        for source in self._sources:
+            source.check_columns(names, dataset)
 
     def score(
         self,

@@ -57,6 +57,15 @@ def check_dataset_type(dataset: Any, name: str) -> None:
     raise TypeError(f"`{name}` is a datasets.Dataset or IterableDataset, found {type(dataset).__name__}. {hint}")
 
 
+def _has_stream(dataset: Any) -> bool:
+    """Whether a dataset, or one of several, is a stream."""
+    return (
+        any(map(_has_stream, dataset.values()))
+        if isinstance(dataset, Mapping)
+        else isinstance(dataset, IterableDataset)
+    )
+
+
 def is_peft_model(model: nn.Module) -> bool:
     return is_peft_available() and isinstance(model, PeftModel)
 
@@ -77,8 +86,7 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         config: _BaseConfig = kwargs["args"]
-        train_dataset = kwargs.get("train_dataset")
-        if isinstance(train_dataset, IterableDataset):
+        if any(map(_has_stream, (kwargs.get("train_dataset"), kwargs.get("eval_dataset")))):
             self._use_local_batches(config)
         if config.device.type == "cpu":
             config.dataloader_pin_memory = False  # there is no device to copy to, only a warning
@@ -169,6 +177,8 @@ class _BaseTrainer(AtomicCheckpointMixin, HubPushMixin, Trainer):
             return metrics
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self.prepare_datasets(eval_dataset, metric_key_prefix)
+            if _has_stream(eval_dataset):
+                self.accelerator.dataloader_config.dispatch_batches = False
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset: AnyDataset | str | None = None) -> DataLoader:

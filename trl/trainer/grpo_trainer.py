@@ -63,7 +63,14 @@ class GRPOTrainer(OnlineTrainer):
     [`~trl.losses.policy`], each with its paper.
     """
 
-    __doc__ += OnlineTrainer.__doc__[OnlineTrainer.__doc__.index("\n    Args:") :]
+    __doc__ += OnlineTrainer.__doc__[OnlineTrainer.__doc__.index("\n    Args:") :].replace(
+        "        compute_metrics:",
+        """\
+        tools: functions that the model may call.
+        rollout_func: called with prompts and the trainer, samples in the place of all this.
+        environment_factory: makes environments, one for each rollout; or a dict of such by name.
+        compute_metrics:""",
+    )
 
     _name = "GRPO"
     _tag_names = ["trl", "grpo"]

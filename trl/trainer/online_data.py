@@ -10,8 +10,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..data.formats import DatasetFormatError
+from ..rewards.suite import RewardSuite
 from ..rollouts.types import Rollout
-from .base_trainer import AnyDataset
+from .base_trainer import AnyDataset, EvalDatasets
 from .online_config import _OnlineConfig
 
 
@@ -71,6 +72,30 @@ def check_prompts(dataset: AnyDataset, name: str, args: _OnlineConfig, needs_pro
         raise ValueError(
             f"`dataloader_num_workers={workers}` would cut a stream into {workers}, and groups with it. Use 0 or 1."
         )
+
+
+def check_reward_columns(
+    rewards: RewardSuite, train_dataset: AnyDataset, eval_dataset: EvalDatasets | None, with_environments: bool
+) -> None:
+    """
+    Refuse, before a model is loaded, reward functions that need a column which a dataset does not have.
+
+    Args:
+        rewards: the functions.
+        train_dataset: rows; a stream that does not tell its columns is let pass.
+        eval_dataset: the same, or several by name.
+        with_environments: whether completions run in environments.
+
+    Raises:
+        RewardError: a column is not there.
+    """
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    named = {"train dataset": train_dataset}
+    named.update({f"eval dataset {name!r}" if name else "eval dataset": split for name, split in evaluated.items()})
+    for name, dataset in named.items():
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None:
+            rewards.check_columns(columns, name, with_environments=with_environments)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], rollouts: Sequence[Rollout]) -> dict[str, list]:

@@ -40,7 +40,7 @@ from ..rollouts.transformers_engine import (
 )
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer
 from .online_config import _OnlineConfig
-from .online_data import check_prompts, placeholder_rows, rows_of_batch
+from .online_data import check_prompts, check_reward_columns, placeholder_rows, rows_of_batch
 from .online_sampling import RolloutFunc, RolloutMaker, cast_head, check_engine, make_engine, sampling_params
 from .policy_setup import ReferenceMixin, check_reference_sync, prepare_policy, reference_loader
 from .setup import check_single_device_per_process, resolve_args
@@ -73,9 +73,6 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
         optimizers: optimizer and scheduler. By default as the config says.
         quantization_config: quantize the model while it is loaded (QLoRA). Only with a name or path.
         peft_config: train an adapter of this kind instead of all weights.
-        tools: functions that the model may call.
-        rollout_func: called with prompts and the trainer, samples in the place of all this.
-        environment_factory: makes environments, one for each rollout; or a dict of such by name.
         compute_metrics: metrics of the texts that an evaluation sampled, apart from the reward: gets a
             [`~trl.trainer.text_evaluation.TextEvalPrediction`], returns a dict of numbers.
 
@@ -117,6 +114,8 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
         if eval_dataset is not None:
             eval_dataset = self.prepare_datasets(eval_dataset, "eval")
         rewards = self._make_rewards(reward_funcs, reward_processing_classes, args, environments)
+        if rollout_func is None:  # it may bring columns along
+            check_reward_columns(rewards, train_dataset, eval_dataset, environments is not None)
         has_images = bool(set(IMAGE_COLUMNS) & set(next(iter(train_dataset), {})))
 
         policy = prepare_policy(

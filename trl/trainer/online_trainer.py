@@ -385,7 +385,9 @@ class OnlineTrainer(OnlineSetup):
                 count = _count_of_real_rows(term, inputs.get("is_real"))
                 self.reducer.add("eval", "loss", term.weight * term.total, count, part=term.name)
             if len(terms) > 1 and term.name == "policy":
-                self.reducer.add(self.mode, "policy_loss", part.detach(), 1 / self._accumulation)
+                is_training = self.mode == "train"
+                pair = (part.detach(), 1 / self._accumulation) if is_training else (term.total, term.count)
+                self.reducer.add(self.mode, "policy_loss", *pair)
         if self.aux_loss_enabled:
             self.reducer.add(self.mode, "aux_loss", scores.aux_loss)
             scale = self._accumulation if self.loss_is_scaled_for_ga else 1

@@ -32,7 +32,7 @@ _OWN_COLUMNS = ("prompt", "completion", "completion_ids")
 @dataclass(frozen=True)
 class TextEvalPrediction:
     """
-    What was generated for an evaluation set: N completions, in the order of the dataset.
+    What was generated for an evaluation set: N completions, in the order of sampling, which is the same every time.
 
     Args:
         prompts: of each completion, its prompt as in the dataset: text or messages.
