@@ -166,9 +166,6 @@ class RolloutMaker:
             model: the policy as it is trained.
             rows: of the dataset, not changed.
             sampling: how.
-
-        Raises:
-            RuntimeError: no process got a single token.
         """
         # The weights change with the optimizer's steps; between them the engine has them already.
         newest = (self._trainer.state.global_step, id(model))
@@ -185,20 +182,25 @@ class RolloutMaker:
                 self.conversations.processing_class,
                 self.conversations.eos_token_ids,
             )
-        self._check_not_empty(rollouts)
         return rollouts
-
-    def _check_not_empty(self, rollouts: Sequence[Rollout]) -> None:
-        accelerator = self._trainer.accelerator
-        tokens = torch.tensor(sum(len(rollout.completion_ids) for rollout in rollouts), device=accelerator.device)
-        if not accelerator.reduce(tokens, reduction="sum"):
-            errors = [rollout.error for rollout in rollouts if rollout.error]
-            raise RuntimeError(
-                "All completions are empty, so there is nothing to learn from. "
-                + (f"The first sample says: {errors[0]}." if errors else "Check the engine and the stop tokens.")
-            )
 
     def close(self) -> None:
         """End the engine and the tools' threads."""
         self.conversations.close()
         self.engine.close()
+
+
+def check_not_empty(rollouts: Sequence[Rollout], accelerator: Accelerator) -> None:
+    """
+    Refuse a generation in which there is nothing to learn from. All processes call this together.
+
+    Raises:
+        RuntimeError: no process got a single token.
+    """
+    tokens = torch.tensor(sum(len(rollout.completion_ids) for rollout in rollouts), device=accelerator.device)
+    if not accelerator.reduce(tokens, reduction="sum"):
+        errors = [rollout.error for rollout in rollouts if rollout.error]
+        raise RuntimeError(
+            "All completions are empty, so there is nothing to learn from. "
+            + (f"The first sample says: {errors[0]}." if errors else "Check the engine and the stop tokens.")
+        )

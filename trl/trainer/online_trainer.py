@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -34,7 +34,7 @@ from ..losses.advantages import Advantages
 from ..losses.policy import PolicyLoss, PolicyLossTerm, count_units
 from ..losses.policy_metrics import policy_metrics
 from ..ops.scoring import TokenScores, score_tokens
-from ..rewards.suite import RewardError, RewardTable
+from ..rewards.suite import RewardTable
 from ..rollouts.transformers_engine import evaluation_mode, forked_generators
 from ..rollouts.types import Rollout
 from .base_trainer import AnyDataset
@@ -48,7 +48,7 @@ from .online_metrics import (
     gather_figures,
     warn_of_broken,
 )
-from .online_sampling import Row, sampling_params
+from .online_sampling import Row, check_not_empty, sampling_params
 from .online_setup import OnlineSetup
 from .rollout_batches import (
     RolloutBatch,
@@ -64,6 +64,8 @@ from .rollout_batches import (
 from .text_evaluation import TextEvalCollector, evaluate_text
 
 logger = logging.get_logger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 
 class OnlineTrainer(OnlineSetup):
@@ -153,36 +155,48 @@ class OnlineTrainer(OnlineSetup):
         self._eval_rows_left -= real
         return real
 
+    def _together(self, what: str, action: Callable[[], ResultT]) -> ResultT:
+        """Do this process's part; what fails on one process ends all, rather than leaving the others waiting."""
+        if self.accelerator.num_processes == 1:
+            return action()
+        failure, result = None, None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        problems = gather_object([failure and f"{type(failure).__name__}: {failure}"])
+        if failure is not None:
+            raise failure
+        for index, problem in enumerate(problems):
+            if problem:
+                raise RuntimeError(f"{what} failed on process {index}. {problem}")
+        return result
+
     @profiling_decorator
     def _generate(self, model: nn.Module, rows: Sequence[Row]) -> list[Rollout]:
         seed = None
         if self.mode == "eval":
             seed = hash((self.args.seed, self.accelerator.process_index, self._eval_batches)) % 2**31
             self._eval_batches += 1
-        return self.rollouts.generate(model, rows, sampling_params(self.args, evaluation_seed=seed))
+        sampling = sampling_params(self.args, evaluation_seed=seed)
+        rollouts = self._together("Sampling", lambda: self.rollouts.generate(model, rows, sampling))
+        check_not_empty(rollouts, self.accelerator)
+        return rollouts
 
     @profiling_decorator
     def _score(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> RewardTable:
-        """Rewards of this process's completions. What fails on one process ends all, rather than leaving them waiting."""
-        failure, table = None, None
-        try:
-            table = self.rewards.score(
+        """Rewards of this process's completions."""
+        table = self._together(
+            "Scoring",
+            lambda: self.rewards.score(
                 [rollout.prompt for rollout in rollouts],
                 [rollout.completion for rollout in rollouts],
                 [rollout.completion_ids for rollout in rollouts],
                 columns_of(rows, rollouts),
                 trainer_state=self.state,
                 environments=None if self.environments is None else [rollout.environment for rollout in rollouts],
-            )
-        except Exception as error:
-            failure = error
-        if self.accelerator.num_processes > 1:
-            problems = gather_object([failure and f"{type(failure).__name__}: {failure}"])
-            others = [f"process {index}: {problem}" for index, problem in enumerate(problems) if problem]
-            if others and failure is None:
-                raise RewardError(f"Scoring failed on another process. {others[0]}")
-        if failure is not None:
-            raise failure
+            ),
+        )
         for index, rollout in enumerate(rollouts):
             if rollout.error is not None:  # it counts neither for its group nor in the mean
                 table.values_FN[:, index] = torch.nan
