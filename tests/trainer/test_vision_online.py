@@ -66,3 +66,26 @@ def test_a_tokenizer_alone_cannot_read_images(tmp_path, model, processor):  # no
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=2)
     with pytest.raises(ValueError, match="processor"):
         GRPOTrainer(model, len, args, ROWS, processing_class=processor.tokenizer)
+
+
+def test_images_inside_messages(tmp_path, model, processor):  # noqa: F811
+    """A dataset keeps them as bytes, between the words they belong to."""
+    rows = [
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": build_image((i, 0, 0))}, {"type": "text", "text": "?"}]}]}
+        for i in (10, 200)
+    ]  # fmt: skip
+    args = GRPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=4, num_generations=2,
+        max_completion_length=3, max_steps=1, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    kept = []
+    trainer = GRPOTrainer(
+        model, lambda completions, **kwargs: list(map(float, range(4))), args, Dataset.from_list(rows),
+        processing_class=processor,
+    )  # fmt: skip
+    make = trainer.make_training_batch
+    trainer.make_training_batch = lambda *arguments: kept.extend(batches := make(*arguments)) or batches
+    trainer.train()
+    pixels = {inputs["pixel_values"].sum().item() for inputs in kept[0]["image_inputs"]}
+    assert len(pixels) == 2
+    assert math.isfinite(trainer.state.log_history[0]["loss"])

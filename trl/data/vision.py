@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datasets import Image
+
 from .formats import DatasetFormatError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -110,6 +112,26 @@ def strip_images_from_messages(messages: Sequence[dict[str, Any]] | str) -> list
     if isinstance(messages, str):
         return messages
     return _map_image_blocks(messages, lambda block: {"type": "image"})
+
+
+def decode_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Images inside messages as images again, where a dataset keeps them as bytes.
+
+    Args:
+        messages (`list[dict[str, Any]]`):
+            A conversation, not changed.
+
+    Returns:
+        `list[dict[str, Any]]`: the conversation, with what `PIL` reads in the place of `{"bytes": ..., "path": ...}`.
+    """
+
+    def decoded(block: dict[str, Any]) -> dict[str, Any]:
+        stored = block.get("image")
+        is_stored = isinstance(stored, dict) and bool({"bytes", "path"} & set(stored))
+        return {**block, "image": Image().decode_example(stored)} if is_stored else block
+
+    return _map_image_blocks(messages, decoded)
 
 
 def _map_image_blocks(messages: Sequence[dict[str, Any]], change) -> list[dict[str, Any]]:

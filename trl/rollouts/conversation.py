@@ -25,6 +25,7 @@ from ..data.formats import DatasetFormatError
 from ..data.template_rendering import Messages, ProcessingClass, inner_tokenizer
 from ..data.templating import drop_none_fields
 from ..data.tool_formats import parse_response
+from ..data.vision import decode_images
 from .environments import EnvironmentPool, append_observation, environment_tools
 from .image_prompts import encode_with_images, extend_model_inputs, images_in
 from .tool_templates import prepare_for_tools, tool_suffix
@@ -199,6 +200,8 @@ class Conversations:
         name = self.environments.name_of(row) if self.environments is not None else None
         schemas = self._schemas[name] or None
         prompt = copy.deepcopy(self._prompt_of(row))
+        if not isinstance(prompt, str):
+            prompt = decode_images(prompt)
         if environment is not None:
             prompt = append_observation(prompt, self._reset(environment, row))
         if schemas and isinstance(prompt, str):
