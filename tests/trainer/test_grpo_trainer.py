@@ -595,6 +595,24 @@ def test_a_broken_sample_costs_one_sample(tmp_path, caplog):
     assert "1 of 4 samples" in caplog.text
 
 
+def test_a_reward_that_sets_the_seed_does_not_repeat_what_is_sampled(tmp_path):
+    seen = []
+
+    def reward(completion_ids, **kwargs):
+        torch.manual_seed(7)
+        seen.append(completion_ids)
+        return [float(index) for index in range(len(completion_ids))]
+
+    make_trainer(tmp_path, reward, Dataset.from_list([PROMPTS[0]] * 4), learning_rate=0.0, max_steps=3).train()
+    assert seen[1] != seen[2]
+
+
+def test_a_completion_longer_than_the_context_is_told(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        make_trainer(tmp_path, max_completion_length=512)
+    assert "context has 512 tokens" in caplog.text
+
+
 # ---- What is refused ----
 
 
@@ -617,6 +635,11 @@ def environment_without_reset():
         ({"environment_factory": environment_without_reset}, ValueError, "reset"),
         ({"environment_factory": {"a": Counter}, "data": None}, ValueError, "train_dataset"),
         ({"tools": [look_up]}, ValueError, "template"),
+        (
+            {"rewards": lambda completions, answer: [], "remove_unused_columns": True},
+            RewardError,
+            "remove_unused_columns",
+        ),
         ({"use_vllm": True}, ValueError, "use_vllm"),
         ({"reward_time_limits": [1.0, 2.0]}, ValueError, "time_limits"),
         ({"reward_on_error": "ignore"}, ValueError, "reward_on_error"),

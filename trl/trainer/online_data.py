@@ -4,7 +4,7 @@ Rows that online trainers sample for: what a dataset must have, and what stands 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -75,7 +75,11 @@ def check_prompts(dataset: AnyDataset, name: str, args: _OnlineConfig, needs_pro
 
 
 def check_reward_columns(
-    rewards: RewardSuite, train_dataset: AnyDataset, eval_dataset: EvalDatasets | None, with_environments: bool
+    rewards: RewardSuite,
+    train_dataset: AnyDataset,
+    eval_dataset: EvalDatasets | None,
+    with_environments: bool,
+    remaining: Collection[str] | None = None,
 ) -> None:
     """
     Refuse, before a model is loaded, reward functions that need a column which a dataset does not have.
@@ -85,6 +89,7 @@ def check_reward_columns(
         train_dataset: rows; a stream that does not tell its columns is let pass.
         eval_dataset: the same, or several by name.
         with_environments: whether completions run in environments.
+        remaining: columns that are not removed. Default: none is.
 
     Raises:
         RewardError: a column is not there.
@@ -95,6 +100,9 @@ def check_reward_columns(
     for name, dataset in named.items():
         columns = getattr(dataset, "column_names", None)
         if columns is not None:
+            if remaining is not None:
+                name += " (with `remove_unused_columns=True`)"
+                columns = [column for column in columns if column in remaining]
             rewards.check_columns(columns, name, with_environments=with_environments)
 
 

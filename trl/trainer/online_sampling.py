@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import logging
 
 from ..data.template_rendering import ProcessingClass, inner_tokenizer
 from ..models.fused_head import cast_head_to_fp32
@@ -19,10 +20,12 @@ from ..ops.scoring import find_causal_lm
 from ..rollouts.continuous_batching_engine import ContinuousBatchingEngine
 from ..rollouts.conversation import Conversations
 from ..rollouts.environments import EnvironmentPool
-from ..rollouts.transformers_engine import TransformersEngine
+from ..rollouts.transformers_engine import TransformersEngine, context_length
 from ..rollouts.types import Rollout, RolloutEngine, SamplingParams
 from ..rollouts.user_rollouts import rollouts_of_user_function
 from .online_config import _OnlineConfig
+
+logger = logging.get_logger(__name__)
 
 Row: TypeAlias = "dict[str, Any]"
 RolloutFunc: TypeAlias = "Callable[[list[Any], Any], dict[str, Any]]"
@@ -62,6 +65,12 @@ def make_engine(
     Raises:
         ValueError: the engine cannot do what is asked for.
     """
+    longest = context_length(model)
+    if args.max_completion_length and longest and args.max_completion_length >= longest:
+        logger.warning(
+            f"`max_completion_length={args.max_completion_length}`, but the model's context has {longest} tokens for prompt "
+            "and completion together. Lower it, or set it to None for what there is room for."
+        )
     settings = {
         "pad_token_id": inner_tokenizer(processing_class).pad_token_id,
         "eos_token_ids": eos_token_ids,

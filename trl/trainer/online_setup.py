@@ -115,7 +115,8 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
             eval_dataset = self.prepare_datasets(eval_dataset, "eval")
         rewards = self._make_rewards(reward_funcs, reward_processing_classes, args, environments)
         if rollout_func is None:  # it may bring columns along
-            check_reward_columns(rewards, train_dataset, eval_dataset, environments is not None)
+            remaining = ("prompt", *IMAGE_COLUMNS) if args.remove_unused_columns else None
+            check_reward_columns(rewards, train_dataset, eval_dataset, environments is not None, remaining)
         has_images = bool(set(IMAGE_COLUMNS) & set(next(iter(train_dataset), {})))
 
         policy = prepare_policy(

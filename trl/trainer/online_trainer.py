@@ -186,17 +186,20 @@ class OnlineTrainer(OnlineSetup):
     @profiling_decorator
     def _score(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> RewardTable:
         """Rewards of this process's completions."""
-        table = self._together(
-            "Scoring",
-            lambda: self.rewards.score(
-                [rollout.prompt for rollout in rollouts],
-                [rollout.completion for rollout in rollouts],
-                [rollout.completion_ids for rollout in rollouts],
-                columns_of(rows, rollouts),
-                trainer_state=self.state,
-                environments=None if self.environments is None else [rollout.environment for rollout in rollouts],
-            ),
-        )
+
+        def score() -> RewardTable:
+            # A function that draws numbers, or even sets the seed, leaves those of sampling alone.
+            with forked_generators(self.model):
+                return self.rewards.score(
+                    [rollout.prompt for rollout in rollouts],
+                    [rollout.completion for rollout in rollouts],
+                    [rollout.completion_ids for rollout in rollouts],
+                    columns_of(rows, rollouts),
+                    trainer_state=self.state,
+                    environments=None if self.environments is None else [rollout.environment for rollout in rollouts],
+                )
+
+        table = self._together("Scoring", score)
         for index, rollout in enumerate(rollouts):
             if rollout.error is not None:  # it counts neither for its group nor in the mean
                 table.values_FN[:, index] = torch.nan
