@@ -232,10 +232,13 @@ class GRPOTrainer(OnlineTrainer):
                 scores = self.score_completions(model, batch, with_entropy=True)
                 entropies.append(scores.entropies[batch["train_mask"].bool()])
         own = torch.cat(entropies).float()
-        padded = self.accelerator.pad_across_processes(own, pad_index=math.nan)
-        gathered = self.accelerator.gather(padded)
-        self._entropy_threshold = entropy_threshold(gathered[~gathered.isnan()], self.top_entropy_quantile)
+        self._entropy_threshold = self._threshold_over_processes(own, self.top_entropy_quantile)
         return {"trained_tokens": (own >= self._entropy_threshold).sum()}
+
+    def _threshold_over_processes(self, entropies_N: Tensor, share: float) -> Tensor:
+        """The entropy from which on a token is among this share of those of all processes."""
+        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(entropies_N, pad_index=math.nan))
+        return entropy_threshold(gathered[~gathered.isnan()], share)
 
     def _end_step(self) -> None:
         super()._end_step()
@@ -277,9 +280,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """Tokens of the highest entropy among those of all processes; `threshold` is the quantile, from 0 to 1."""
-        own = entropies[mask.bool()].float()
-        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(own, pad_index=math.nan))
-        limit = entropy_threshold(gathered[~gathered.isnan()], 1 - threshold)
+        limit = self._threshold_over_processes(entropies[mask.bool()].float(), 1 - threshold)
         return (entropies * mask.to(entropies.dtype) >= limit) & mask.bool()
 
     @staticmethod
