@@ -59,11 +59,9 @@ def check_dataset_type(dataset: Any, name: str) -> None:
 
 def _has_stream(dataset: Any) -> bool:
     """Whether a dataset, or one of several, is a stream."""
-    return (
-        any(map(_has_stream, dataset.values()))
-        if isinstance(dataset, Mapping)
-        else isinstance(dataset, IterableDataset)
-    )
+    if isinstance(dataset, Mapping):
+        return any(map(_has_stream, dataset.values()))
+    return isinstance(dataset, IterableDataset)
 
 
 def is_peft_model(model: nn.Module) -> bool:
