@@ -205,6 +205,11 @@ def test_gathering_hands_partitioned_parameters_to_deepspeed(monkeypatch):
     weight.ds_id = 0
     with maybe_gather_lm_head_ctx(weight, None):
         assert gathered == [weight]
+    # What a running module holds is whole, and DeepSpeed refuses to free it.
+    held = nn.Parameter(torch.zeros(2, 2))
+    held.ds_id, held.ds_active_sub_modules = 1, {7}
+    with maybe_gather_lm_head_ctx(held, weight):
+        assert gathered == [weight, weight]
 
 
 class TestKernels:
