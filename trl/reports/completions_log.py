@@ -18,7 +18,6 @@ is an error, at construction, when nothing has been trained yet.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Image
 from huggingface_hub import CommitScheduler
 from huggingface_hub.utils import get_session
 from torch import Tensor
@@ -347,11 +347,7 @@ def _decoded(image: Any) -> Any:
     """An image that a dataset gives undecoded, decoded."""
     if not isinstance(image, Mapping):
         return image
-    if image.get("bytes") is None:
-        return image["path"]
-    from PIL import Image
-
-    return Image.open(io.BytesIO(image["bytes"]))
+    return Image().decode_example(image) if image.get("bytes") is not None else image["path"]
 
 
 # ---- Work that may fail or hang ----

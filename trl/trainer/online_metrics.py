@@ -98,7 +98,10 @@ def completion_metrics(figures: CompletionFigures, with_tools: bool) -> PolicyMe
     metrics.means["completions/mean_terminated_length"] = (lengths_M[ended_M].sum(), ended.clamp(min=1))
     metrics.minima["completions/min_length"] = lengths_M.min()
     metrics.maxima["completions/max_length"] = lengths_M.max()
-    metrics.minima["completions/min_terminated_length"] = lengths_M[ended_M].min() if ended else torch.tensor(0.0)
+    # Where none has ended, the least is that of other generations of the log.
+    metrics.minima["completions/min_terminated_length"] = (
+        lengths_M[ended_M].min() if ended else torch.tensor(torch.inf)
+    )
     metrics.maxima["completions/max_terminated_length"] = lengths_M[ended_M].max() if ended else torch.tensor(0.0)
     if figures.broken_M.any():
         metrics.means["completions/error_rate"] = (figures.broken_M.sum(), count)
@@ -173,20 +176,27 @@ def add_completions(
         figures: of all processes.
         result: their advantages.
     """
-    extras = sorted(table.extras)
     local = [
-        (rollout.prompt, rollout.completion, rollout.images, [table.extras[name][index] for name in extras])
+        (
+            rollout.prompt,
+            rollout.completion,
+            rollout.images,
+            {name: table.extras[name][index] for name in table.extras},
+        )
         for index, rollout in enumerate(rollouts)
     ]
     together = gather_object(local)[: figures.rewards_FM.shape[1]]
     if log is None:
         return
-    prompts, completions, images, columns = zip(*together, strict=True)
+    prompts, completions, images, extras = zip(*together, strict=True)
+    names = sorted(
+        {name for row in extras for name in row}
+    )  # a function that failed on one process reported none there
     log.add(
         prompts,
         completions,
         dict(zip(table.names, figures.rewards_FM.tolist(), strict=True)),
         result.advantages_N.tolist(),
-        dict(zip(extras, map(list, zip(*columns, strict=True)), strict=True)) if extras else {},
+        {name: [row.get(name) for row in extras] for name in names},
         images,
     )

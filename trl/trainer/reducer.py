@@ -58,7 +58,7 @@ class Reducer:
         pending[key] = pending[key] + pair if key in pending else pair
 
     def add_extreme(self, mode: str, name: str, value: Tensor | float, which: str) -> None:
-        """Keep the least (`which="min"`) or greatest (`"max"`) of the values added; an infinite one is none."""
+        """Keep the least (`which="min"`) or greatest (`"max"`) of the values added; an infinite one is none, and 0 if all are."""
         device = self.accelerator.device
         value = torch.as_tensor(value, device=device, dtype=torch.float32).detach()
         known = self._extremes[mode].get(name)
@@ -82,7 +82,7 @@ class Reducer:
             for name, (which, value) in theirs.items():
                 best = min if which == "min" else max
                 found[name] = (which, best(found[name][1], value) if name in found else value)
-        return {name: pair for name, pair in found.items() if math.isfinite(pair[1])}
+        return found
 
     def _over_processes(self, local: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         """Sum pairs over processes; a name that only some of them have counts too."""
@@ -109,7 +109,8 @@ class Reducer:
             name = key.partition(_PART)[0]
             if name not in empty:
                 means[name] = means.get(name, 0.0) + total / count
-        means.update((name, value) for name, (_, value) in self._extremes_over_processes(mode).items())
+        for name, (_, value) in self._extremes_over_processes(mode).items():
+            means[name] = value if math.isfinite(value) else 0.0
         self.clear(mode)
         for name, (amount, _) in self._over_processes(self._pending_totals).items():
             self._totals[name] = self._totals.get(name, 0) + amount / self.replicas
@@ -125,7 +126,7 @@ class Reducer:
         extremes = self._extremes_over_processes("train")
         return {
             "pending": {name: list(pair) for name, pair in pending.items()},
-            "extremes": {name: list(pair) for name, pair in extremes.items()},
+            "extremes": {name: list(pair) for name, pair in extremes.items() if math.isfinite(pair[1])},
             "totals": totals,
         }
 
