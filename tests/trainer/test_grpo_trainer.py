@@ -11,68 +11,19 @@ import warnings
 import pandas
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
+from datasets import IterableDataset
+from peft import get_peft_model
 
-from tests.rollouts.helpers import ScriptedEngine, build_tool_tokenizer, tool_call
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.losses.entropy import EntropyController
 from trl.losses.policy import PolicyLossInputs
 from trl.ops.scoring import TokenScores
 from trl.rewards import RewardError, RewardValueError
 
 from ..conftest import build_model, build_tokenizer, load_reference
+from .grpo_helpers import LORA, PROMPTS, Counter, fixed_rollouts, look_up, make_trainer, vowels
 
 FIGURES = load_reference("policy")
-PROMPTS = Dataset.from_list(
-    [{"prompt": [{"role": "user", "content": f"the number {index}"}], "answer": index} for index in range(16)]
-)
-
-
-def vowels(completions, **kwargs):
-    """The share of vowels in the text."""
-    texts = [messages if isinstance(messages, str) else messages[-1]["content"] for messages in completions]
-    return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in texts]
-
-
-def make_args(tmp_path, **settings):
-    settings = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        **settings,
-    }
-    return GRPOConfig(str(tmp_path), **settings)
-
-
-def make_trainer(tmp_path, rewards=vowels, data=PROMPTS, model=None, tokenizer=None, eval_dataset=None, **settings):
-    ours = inspect.signature(GRPOTrainer.__init__).parameters
-    options = {name: settings.pop(name) for name in list(settings) if name in ours}
-    tokenizer = tokenizer or build_tokenizer()
-    model = model or build_model(vocab_size=len(tokenizer))
-    args = make_args(tmp_path, **settings)
-    return GRPOTrainer(model, rewards, args, data, eval_dataset, tokenizer, **options)
-
-
-def fixed_rollouts(completions, prompt_ids=(5, 6, 7), **columns):
-    """A `rollout_func` that gives these completions, over and over."""
-
-    def rollout_func(prompts, trainer):
-        ids = [completions[index % len(completions)] for index in range(len(prompts))]
-        extra = {name: (values * len(prompts))[: len(prompts)] for name, values in columns.items()}
-        return {"prompt_ids": [list(prompt_ids)] * len(prompts), "completion_ids": ids, "logprobs": None, **extra}
-
-    return rollout_func
-
-
 # ---- Recorded figures ----
 
 
@@ -296,12 +247,10 @@ def test_truncated_completions(tmp_path, mask_truncated):
     make = trainer.make_training_batch
     trainer.make_training_batch = lambda *args: batches.extend(made := make(*args)) or made
     trainer.train()
-    by_length = {len(row): row for row in (row[row >= 0].tolist() for row in batches[0]["train_mask"])}
     masks = {int(present.sum()): trained[: int(present.sum())].tolist() for present, trained in zip(
         batches[0]["completion_mask"], batches[0]["train_mask"], strict=True
     )}  # fmt: skip
     assert masks == {2: [1, 1], 3: [0, 0, 0] if mask_truncated else [1, 1, 1]}
-    assert by_length
     log = trainer.state.log_history[0]
     assert log["completions/clipped_ratio"] == 0.5
     assert log["completions/mean_length"] == 2.5
@@ -408,9 +357,6 @@ def test_a_stream_is_evaluated_beside_a_dataset_that_is_none(tmp_path, when):
 # ---- Adapters and references ----
 
 
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights="gaussian")
-
-
 def test_an_adapter_is_trained_and_is_its_own_reference(tmp_path):
     trainer = make_trainer(tmp_path, peft_config=LORA, beta=0.1, learning_rate=0.1)
     base = trainer.model.get_base_model().model.embed_tokens.weight.detach().clone()
@@ -444,173 +390,6 @@ def test_no_reference_without_beta(tmp_path):
     trainer = make_trainer(tmp_path)
     assert trainer.reference is None
     assert trainer.ref_model is None
-
-
-# ---- Tools, environments, the user's own rollouts ----
-
-
-def look_up(word: str) -> str:
-    """
-    Looks a word up.
-
-    Args:
-        word: The word.
-    """
-    if word == "bad":
-        raise KeyError(word)
-    return f"{word} is a word"
-
-
-def use_script(trainer, script):
-    trainer.rollouts.conversations.engine = ScriptedEngine(trainer.processing_class, script, with_logps=False)
-    trainer.rollouts.conversations.engine.update_weights = lambda model: None
-
-
-def make_tool_trainer(tmp_path, rewards, script, **settings):
-    tokenizer = build_tool_tokenizer()
-    trainer = make_trainer(
-        tmp_path, rewards, tokenizer=tokenizer, model=build_model(vocab_size=len(tokenizer), max_position_embeddings=2048),
-        max_completion_length=400, num_generations=2, per_device_train_batch_size=2, max_steps=1, **settings,
-    )  # fmt: skip
-    use_script(trainer, script)
-    return trainer
-
-
-def test_tools_are_called_and_their_results_not_trained_on(tmp_path):
-    seen, batches = [], []
-
-    def reward(completions, **kwargs):
-        seen.extend(completions)
-        return [float(index) for index in range(len(completions))]
-
-    script = [[tool_call("look_up", word="sky"), tool_call("look_up", word="bad")], ["It is.", "Sorry."]]
-    trainer = make_tool_trainer(tmp_path, reward, script, tools=[look_up])
-    make = trainer.make_training_batch
-    trainer.make_training_batch = lambda *args: batches.extend(made := make(*args)) or made
-    trainer.train()
-    assert [[message["role"] for message in messages] for messages in seen] == [["assistant", "tool", "assistant"]] * 2
-    assert seen[0][1]["content"] == "sky is a word"
-    assert "error" in seen[1][1]["content"]
-    log = trainer.state.log_history[0]
-    assert log["tools/call_frequency"] == 1.0
-    assert log["tools/failure_frequency"] == 0.5
-    (batch,) = batches
-    trained, present = batch["train_mask"].sum(), batch["completion_mask"].sum()
-    assert 0 < trained < present
-    assert log["completions/mean_length"] == trained / 2
-
-
-class Counter:
-    """Counts up to a number."""
-
-    def reset(self, answer, **row):
-        self.total, self.wanted = 0, answer
-        return f" (count to {answer})"
-
-    def add(self, amount: int) -> str:
-        """
-        Adds to the total.
-
-        Args:
-            amount: How much.
-        """
-        self.total += amount
-        return str(self.total)
-
-    def get_reward(self):
-        return float(self.total == self.wanted)
-
-
-def test_environments(tmp_path):
-    def has_environment(environments, prompts, **kwargs):
-        assert all("count to" in prompt[-1]["content"] for prompt in prompts)
-        return [float(environment.total) for environment in environments]
-
-    with pytest.warns(UserWarning, match="environment_factory"):
-        trainer = make_tool_trainer(
-            tmp_path, has_environment, [[tool_call("add", amount=3), tool_call("add", amount=4)], ["Done.", "Done."]],
-            environment_factory=Counter, data=Dataset.from_list(PROMPTS.to_list()[3:4]),
-        )  # fmt: skip
-    trainer.train()
-    log = trainer.state.log_history[0]
-    assert log["rewards/has_environment/mean"] == 3.5
-    assert log["rewards/Counter/mean"] == 0.5
-    assert trainer.reward_func_names == ["has_environment", "Counter"]
-
-
-def test_an_environment_may_be_all_there_is(tmp_path):
-    """No dataset and no reward function: empty prompts, and the environment's own reward."""
-
-    class Fixed(Counter):
-        def reset(self, **row):
-            return super().reset(answer=4)
-
-    trainer = make_tool_trainer(
-        tmp_path, None, [[tool_call("add", amount=3), tool_call("add", amount=4)], ["Done.", "Done."]],
-        environment_factory=Fixed, data=None,
-    )  # fmt: skip
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/Fixed/mean"] == 0.5
-
-
-def test_rollout_func(tmp_path):
-    seen = {}
-
-    def reward(completions, origin, everyone, **kwargs):
-        seen.update(origin=origin, everyone=everyone)
-        return [float(index) for index in range(len(completions))]
-
-    function = fixed_rollouts([[8, 9, 10]], origin=["web", "book"], env_mask=[[1, 0, 1]])
-
-    def rollout_func(prompts, trainer):
-        assert prompts[0][0]["role"] == "user"
-        return {**function(prompts, trainer), "everyone": 7}
-
-    with pytest.warns(UserWarning, match="rollout_func"):
-        trainer = make_trainer(tmp_path, reward, rollout_func=rollout_func)
-    trainer.train()
-    assert seen == {"origin": ["web", "book"] * 2, "everyone": [7] * 4}
-    assert trainer.state.log_history[0]["completions/mean_length"] == 2
-
-
-def test_a_broken_sample_costs_one_sample(tmp_path, caplog):
-    def rollout_func(prompts, trainer):
-        ids = [[8, 9], [10], [11, "x"], [12]]
-        return {
-            "prompt_ids": [[5]] * 4,
-            "completion_ids": ids,
-            "logprobs": [[-1.0, None], [float("nan")], None, [-2.0]],
-        }
-
-    def reward(completions, **kwargs):
-        return [1.0, 2.0, 300.0, 3.0]
-
-    trainer = make_trainer(tmp_path, reward, rollout_func=rollout_func, max_steps=1)
-    with caplog.at_level("WARNING"):
-        trainer.train()
-    log = trainer.state.log_history[0]
-    assert log["reward"] == 2.0
-    assert log["completions/error_rate"] == 0.25
-    assert math.isfinite(log["loss"])
-    assert "1 of 4 samples" in caplog.text
-
-
-def test_a_reward_that_sets_the_seed_does_not_repeat_what_is_sampled(tmp_path):
-    seen = []
-
-    def reward(completion_ids, **kwargs):
-        torch.manual_seed(7)
-        seen.append(completion_ids)
-        return [float(index) for index in range(len(completion_ids))]
-
-    make_trainer(tmp_path, reward, Dataset.from_list([PROMPTS[0]] * 4), learning_rate=0.0, max_steps=3).train()
-    assert seen[1] != seen[2]
-
-
-def test_a_completion_longer_than_the_context_is_told(tmp_path, caplog):
-    with caplog.at_level("WARNING"):
-        make_trainer(tmp_path, max_completion_length=512)
-    assert "context has 512 tokens" in caplog.text
 
 
 # ---- What is refused ----

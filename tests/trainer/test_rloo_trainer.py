@@ -15,7 +15,7 @@ from trl.rollouts.types import Rollout
 from trl.trainer.online_metrics import CompletionFigures
 
 from ..conftest import build_model, build_tokenizer, load_reference
-from .test_grpo_trainer import LORA, PROMPTS, vowels
+from .grpo_helpers import LORA, PROMPTS, vowels
 
 FIGURES = {name: case for name, case in load_reference("policy").items() if case.get("trainer") == "RLOOTrainer"}
 
