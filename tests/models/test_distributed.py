@@ -1,6 +1,4 @@
 import os
-import socket
-import subprocess
 import sys
 import types
 
@@ -8,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
+from tests.two_processes import run_on_two_processes
 from trl.distributed import DistributedBackend, ensure_master_addr_port, global_then_local_main_first
 from trl.models.distributed import get_all_parameters, iter_params, prepare_deepspeed, prepare_fsdp
 
@@ -106,7 +105,7 @@ def test_fsdp1_wraps_as_the_plugin_says(tiny_model, monkeypatch):
 
 
 _FSDP2_SCRIPT = """
-import torch, torch.distributed as dist
+import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from tests.conftest import build_model
 from trl.distributed import DistributedBackend
@@ -125,36 +124,11 @@ assert not sharded.training
 assert sum(p.to_local().numel() for p in sharded.parameters()) < 0.7 * total
 with torch.no_grad():
     torch.testing.assert_close(sharded(ids).logits, expected)
-dist.destroy_process_group()
 """
 
 
-def _run_on_two_processes(script, *arguments):
-    port = str(_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            env={
-                **os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
-
-
 def test_fsdp2_shards_and_agrees_with_the_plain_model():
-    _run_on_two_processes(_FSDP2_SCRIPT)
-
-
-def _port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    run_on_two_processes(_FSDP2_SCRIPT)
 
 
 # ---- DistributedBackend ----
@@ -218,13 +192,12 @@ with global_then_local_main_first():
     time.sleep(0.2 if state.is_main_process else 0)
     with open(sys.argv[1], "a") as log:
         log.write(str(state.process_index))
-state.destroy_process_group()
 """
 
 
 def test_main_process_runs_the_block_first(tmp_path):
     log = tmp_path / "log"
-    _run_on_two_processes(_ORDER_SCRIPT, str(log))
+    run_on_two_processes(_ORDER_SCRIPT, str(log))
     assert log.read_text() == "01"
 
 

@@ -1,11 +1,6 @@
 import itertools
 import math
-import os
-import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +9,7 @@ from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.two_processes import run_on_two_processes
 from trl.trainer import text_evaluation
 from trl.trainer.text_evaluation import (
     TextEvalCollector,
@@ -262,36 +258,16 @@ try:
 except Exception as error:
     failure = f"{type(error).__name__}: {error}"
 print(texts, sorted(metrics.items()), len(calls), failure)
-state.destroy_process_group()
 """
 
 
 def test_on_two_processes_the_main_one_computes():
     """All get its figures, and its failure is an error on all, not a hang."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES],
-            env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        (main, main_error), (other, other_error) = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    main, other = run_on_two_processes(TWO_PROCESSES)
     expected = "['c0', 'c1'] [('eval_count', 2.0), ('eval_rank', 0.5)]"
-    assert f"{expected} 1 KeyError: 'no such answer'" in main, main_error
+    assert f"{expected} 1 KeyError: 'no such answer'" in main
     failure = "RuntimeError: `compute_metrics` failed on the main process: KeyError: 'no such answer'"
-    assert f"{expected} 0 {failure}" in other, other_error
+    assert f"{expected} 0 {failure}" in other
 
 
 def test_on_one_process_the_error_is_the_users():
