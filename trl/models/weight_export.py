@@ -67,6 +67,11 @@ def weight_manifest(model: nn.Module, accelerator: Accelerator, dtype: torch.dty
         return [WeightInfo(name, str(tensor.dtype).split(".")[-1], tuple(tensor.shape)) for name, tensor in tensors]
 
 
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model under its adapters, or itself."""
+    return model.get_base_model() if _is_peft(model) else model
+
+
 def has_tied_head(model: nn.Module) -> bool:
     """
     Whether the output head is the input embeddings, adapters included. An adapter on one of them alone makes two of
@@ -75,7 +80,7 @@ def has_tied_head(model: nn.Module) -> bool:
     Args:
         model: the model, not wrapped; with adapters or without.
     """
-    base = model.get_base_model() if _is_peft(model) else model
+    base = base_model_of(model)
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     weights = [getattr(module, "weight", None) for module in (head, embeddings)]
     plain = not any(_is_adapted(module) for module in (head, embeddings))
@@ -103,7 +108,7 @@ def _published(model: nn.Module, accelerator: Accelerator, whole: bool) -> Itera
     inner = root
     while hasattr(inner, "_fsdp_wrapped_module"):
         inner = inner._fsdp_wrapped_module
-    inner = inner.get_base_model() if _is_peft(inner) else inner
+    inner = base_model_of(inner)
     if not _has_own_names(inner):
         yield from weights
         return

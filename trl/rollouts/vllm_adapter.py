@@ -1,0 +1,266 @@
+"""
+Everything that depends on vLLM's version: how an engine is built, asked, given weights, put to sleep and ended.
+
+The rest of the package sees only these functions; a test holds them against the installed vLLM. The functions on a
+`worker` run in vLLM's worker process, which is this one where the engine is in process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..import_utils import VLLM_MAX_VERSION, VLLM_MIN_VERSION, is_vllm_available
+from .weight_probe import fingerprint, probe_vector
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# The one place that states the range is `import_utils`, which imports nothing heavy.
+TESTED_VERSIONS = (VLLM_MIN_VERSION, VLLM_MAX_VERSION)
+
+
+def require_vllm() -> None:
+    """
+    Make sure that vLLM is there; warn where its version is outside the tested range.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if not is_vllm_available():
+        raise ImportError(
+            '`use_vllm=True`, but vLLM is not installed. `pip install "trl[vllm]"` brings it (versions '
+            f"{VLLM_MIN_VERSION} to {VLLM_MAX_VERSION}), or set `use_vllm=False` to generate with Transformers."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An engine in this process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_engine(**settings: Any) -> LLM:
+    """
+    A vLLM engine in this process.
+
+    Args:
+        settings: of `vllm.LLM`; those whose value is None are left to vLLM.
+    """
+    # Read when the engine is built: one process, so that weights can be handed over as tensors.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # On a CPU it would bind this process's threads, the trainer's too, to single cores.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import LLM
+
+    return LLM(**{name: value for name, value in settings.items() if value is not None})
+
+
+def sampling_params(settings: Mapping[str, Any]) -> Any:
+    """`vllm.SamplingParams` of plain settings; text is made only where it is asked for (stop strings, bad words)."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    settings = dict(settings)
+    structured = settings.get("structured_outputs")
+    if isinstance(structured, Mapping):
+        settings["structured_outputs"] = StructuredOutputsParams(**structured)
+    settings.setdefault("detokenize", bool(settings.get("stop")))
+    return SamplingParams(**settings)
+
+
+def generate(engine: LLM, prompts: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """vLLM's request outputs, in the order of the prompts; the settings are one request's each."""
+    if not prompts:
+        return []
+    return engine.generate(list(prompts), [sampling_params(one) for one in settings], use_tqdm=False)
+
+
+def sampled_logps(completion: Any) -> list[float | None] | None:
+    """Of the sampled tokens of a `CompletionOutput`, in nats; None where it was not asked for."""
+    if completion.logprobs is None:
+        return None
+    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [position[token].logprob if token in position else None for token, position in pairs]
+
+
+def prompt_logps(engine: LLM, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    """
+    Log-probs of the tokens of given sequences, each from the second on, before any sampling step.
+    """
+    asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    outputs = generate(engine, [{"prompt_token_ids": list(ids)} for ids in sequences], [asked] * len(sequences))
+    return [
+        [position[token].logprob for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+        for ids, output in zip(sequences, outputs, strict=True)
+    ]
+
+
+def update_weights(engine: LLM, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give an engine in this process new weights, one tensor at a time, and forget what it cached of the old ones."""
+    engine.collective_rpc(load_weights, args=(weights,))
+    reset_caches(engine)
+
+
+def reset_caches(engine: LLM) -> None:
+    """Forget the keys and values of prompts: they are those of the old weights."""
+    if not engine.reset_prefix_cache():
+        raise RuntimeError(
+            "vLLM did not give up its prefix cache, which holds keys and values of the old weights: requests are still "
+            "running. Wait for every generation to end before the weights are updated."
+        )
+
+
+def scale_logits(engine: LLM, factor: float) -> bool:
+    """Multiply all logits by a factor before anything reads them; False where a model has no place for it."""
+
+    def scale(model: nn.Module) -> bool:
+        processor = getattr(model, "logits_processor", None) or getattr(
+            getattr(model, "language_model", None), "logits_processor", None
+        )
+        if not isinstance(getattr(processor, "scale", None), int | float):
+            return False
+        own = getattr(processor, "_trl_own_scale", processor.scale)
+        processor._trl_own_scale, processor.scale = own, own * factor
+        return True
+
+    return all(engine.apply_model(scale))
+
+
+def sleep(engine: LLM) -> None:
+    """Give back the memory of weights and cache; the weights are lost."""
+    engine.sleep(level=2)
+
+
+def wake_for_weights(engine: LLM) -> None:
+    """Take the memory of the weights again; they have to be loaded anew."""
+    engine.wake_up(tags=["weights"])
+
+
+def wake_for_generation(engine: LLM) -> None:
+    """Take the memory of the cache again."""
+    engine.wake_up(tags=["kv_cache"])
+
+
+def close(engine: LLM, owns_process_group: bool) -> None:
+    """
+    End an engine in this process.
+
+    Args:
+        engine: is not used afterwards.
+        owns_process_group: whether vLLM made the process group; the trainer's is left alone.
+    """
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
+
+    engine.llm_engine.engine_core.shutdown()
+    if owns_process_group:
+        cleanup_dist_env_and_memory()
+    else:
+        destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def process_settings_kept() -> Iterator[None]:
+    """vLLM seeds all generators of the process and sets its number of threads; the block's end undoes that."""
+    import random
+
+    import numpy
+
+    threads = torch.get_num_threads()
+    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        if device_states is not None:
+            torch.cuda.set_rng_state_all(device_states)
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a worker
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """
+    Replace a worker's weights.
+
+    vLLM takes the tensors as a checkpoint's, fuses and repacks them a layer at a time. What it derives from a weight
+    that belongs to two modules (a head tied to the embeddings, packed for the CPU) it makes for one of them only; the
+    head's is made anew here.
+
+    Args:
+        worker: vLLM's worker.
+        weights: published names and whole tensors.
+    """
+    worker.model_runner.reload_weights(weights_iterator=weights)
+    refresh_tied_head(worker.model_runner.get_model())
+
+
+def refresh_tied_head(model: nn.Module) -> list[str]:
+    """Derive again what heads make of weights that other modules own. Returns the names of those heads."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    refreshed = []
+    for name, module in model.named_modules():
+        if type(module).__name__ != "ParallelLMHead" or owners.get(id(module._parameters.get("weight")), 0) < 2:
+            continue
+        module.quant_method.process_weights_after_loading(module)
+        refreshed.append(name)
+    return refreshed
+
+
+def fingerprint_layers(worker: Any) -> dict[str, tuple[float, float]]:
+    """
+    What a worker's layers make of a fixed vector, however they keep their weights, by the published names of these,
+    joined by `+` where vLLM fused several; see `trl.rollouts.weight_probe`. Empty where layers are cut over devices.
+    """
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
+
+    if get_tensor_model_parallel_world_size() > 1:
+        return {}
+    model = worker.model_runner.get_model()
+    fused = getattr(model, "packed_modules_mapping", {})
+    found: dict[str, tuple[float, float]] = {}
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            value = _probed(module)
+            if value is None:
+                continue
+            parent, _, name = path.rpartition(".")
+            parts = [f"{parent}.{part}".lstrip(".") for part in fused.get(name, [name])]
+            found["+".join(f"{part}.weight" for part in parts)] = fingerprint(value)
+    return found
+
+
+def _probed(module: nn.Module) -> Tensor | None:
+    """A layer's output for the probe vector, without its bias; a norm's weight; None for what has neither."""
+    method, weight = getattr(module, "quant_method", None), getattr(module, "weight", None)
+    if hasattr(module, "num_embeddings_per_partition"):  # embeddings and heads, padded to whole blocks
+        vector = probe_vector(module.embedding_dim)
+        if type(module).__name__ == "ParallelLMHead":
+            vector = vector.to(module.weight)
+            return method.apply(module, vector[None], None)[0, : module.org_vocab_size]
+        return module.weight[: module.org_vocab_size].float() @ vector.to(module.weight.device)
+    if method is not None and hasattr(module, "input_size_per_partition"):
+        dtype, device = getattr(module, "params_dtype", torch.float32), _device_of(module)
+        return method.apply(module, probe_vector(module.input_size_per_partition).to(device, dtype)[None], None)[0]
+    if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel():
+        return weight
+    return None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
