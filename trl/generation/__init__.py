@@ -1,0 +1,1 @@
+"""Generation with vLLM under the path users know; it lives in `trl.rollouts`."""
