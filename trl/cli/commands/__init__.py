@@ -4,6 +4,7 @@ from .base import Command, CommandContext
 from .env import EnvCommand
 from .preview import PreviewCommand
 from .training import TRAINING_METHODS, TrainingCommand
+from .vllm_serve import VllmServeCommand
 
 __all__ = ["Command", "CommandContext", "get_commands"]
 
@@ -15,4 +16,4 @@ def get_commands() -> list[Command]:
     Returns:
         One object per command.
     """
-    return [*(TrainingCommand(name) for name in TRAINING_METHODS), PreviewCommand(), EnvCommand()]
+    return [*(TrainingCommand(name) for name in TRAINING_METHODS), PreviewCommand(), VllmServeCommand(), EnvCommand()]
