@@ -26,7 +26,7 @@ class EngineCorrection:
 
     Args:
         ratios_BT: what the loss is multiplied by, [B, T] or [B, 1], truncated or masked; 1 where nothing is known.
-        differences_BT: |log π_old − log π_engine|, [B, T], in nats; 0 where nothing is known.
+        differences_BT: log π_old − log π_engine, [B, T], in nats; 0 where nothing is known.
         known_BT: tokens under the mask whose log-prob the engine told, bool, [B, T].
         mask_BT: tokens that count, bool, [B, T].
     """
@@ -59,9 +59,7 @@ def engine_correction(
         Ratios and differences, without a gradient.
     """
     mask_BT = mask_BT.bool()
-    known_BT = mask_BT & rollout_logps_BT.isfinite()
-    old_logps_BT = clean_logps(old_logps_BT, known_BT)
-    differences_BT = old_logps_BT - rollout_logps_BT.to(old_logps_BT.dtype).masked_fill(~known_BT, 0)
+    differences_BT, known_BT = engine_differences(old_logps_BT, rollout_logps_BT, mask_BT)
     logratios_BT = differences_BT
     if options.vllm_importance_sampling_mode.startswith("sequence_"):
         logratios_BT = differences_BT.sum(-1, keepdim=True)
@@ -76,4 +74,15 @@ def engine_correction(
             ratios_BT = ratios_BT.masked_fill(ratios_BT > high, 0)
     if ratios_BT.shape == mask_BT.shape:
         ratios_BT = ratios_BT.masked_fill(~known_BT, 1)
-    return EngineCorrection(ratios_BT, differences_BT.abs(), known_BT, mask_BT)
+    return EngineCorrection(ratios_BT, differences_BT, known_BT, mask_BT)
+
+
+@torch.no_grad()
+def engine_differences(logps_BT: Tensor, rollout_logps_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Log π_trainer − log π_engine of the sampled tokens, in nats, [B, T], 0 where the engine did not tell; and where it
+    did, under the mask, bool, [B, T].
+    """
+    known_BT = mask_BT.bool() & rollout_logps_BT.isfinite()
+    logps_BT = clean_logps(logps_BT, known_BT)
+    return logps_BT - rollout_logps_BT.to(logps_BT.dtype).masked_fill(~known_BT, 0), known_BT

@@ -117,20 +117,35 @@ def engine_metrics(correction: EngineCorrection) -> PolicyMetrics:
         correction: of `engine_correction`.
 
     Returns:
-        `sampling/sampling_logp_difference/*`, over tokens whose log-prob the engine told, and
-        `sampling/importance_sampling_ratio/*`, over all tokens under the mask, or all sequences.
+        Those of `engine_agreement`, and `sampling/importance_sampling_ratio/*`, over all tokens under the mask, or all
+        sequences.
     """
-    differences_BT, known_BT, ratios_BT = correction.differences_BT, correction.known_BT, correction.ratios_BT
-    counted_BT = _mask_like(ratios_BT, correction.mask_BT)
-    difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    metrics, ratios_BT = engine_agreement(correction.differences_BT, correction.known_BT), correction.ratios_BT
+    counted_BT, ratio = _mask_like(ratios_BT, correction.mask_BT), "sampling/importance_sampling_ratio"
+    metrics.means[f"{ratio}/mean"] = _sum_and_count(ratios_BT, counted_BT)
+    metrics.minima[f"{ratio}/min"] = _least(ratios_BT, counted_BT)
+    metrics.maxima[f"{ratio}/max"] = _greatest(ratios_BT, counted_BT)
+    return metrics
+
+
+@torch.no_grad()
+def engine_agreement(differences_BT: Tensor, known_BT: Tensor) -> PolicyMetrics:
+    """
+    How far the engine is from the trained model, without any correction.
+
+    Args:
+        differences_BT: log π_trainer − log π_engine, in nats.
+        known_BT: where both are known, bool.
+
+    Returns:
+        `sampling/sampling_logp_difference/mean` and `/max`, of the absolute differences, and `sampling/sampling_kl`,
+        their mean with the sign turned: KL(engine ‖ trainer), estimated from the sampled tokens.
+    """
+    difference, sizes_BT = "sampling/sampling_logp_difference", differences_BT.abs()
     return PolicyMetrics(
         means={
-            f"{difference}/mean": _sum_and_count(differences_BT, known_BT),
-            f"{ratio}/mean": _sum_and_count(ratios_BT, counted_BT),
+            f"{difference}/mean": _sum_and_count(sizes_BT, known_BT),
+            "sampling/sampling_kl": _sum_and_count(-differences_BT, known_BT),
         },
-        minima={f"{ratio}/min": _least(ratios_BT, counted_BT)},
-        maxima={
-            f"{difference}/max": _greatest(differences_BT, known_BT),
-            f"{ratio}/max": _greatest(ratios_BT, counted_BT),
-        },
+        maxima={f"{difference}/max": _greatest(sizes_BT, known_BT)},
     )

@@ -8,6 +8,7 @@ The rest of the package sees only these functions; a test holds them against the
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,9 @@ def make_engine(**settings: Any) -> LLM:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM
 
-    return LLM(**{name: value for name, value in settings.items() if value is not None})
+    engine = LLM(**{name: value for name, value in settings.items() if value is not None})
+    gc.unfreeze()  # vLLM puts all that exists out of the collector's sight, trainers that are dropped later included
+    return engine
 
 
 def sampling_params(settings: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import copy
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -31,6 +32,8 @@ from .types import Prompt, Rollout, SamplingParams, as_prompts, is_truncated
 from .vllm_sampling import draw_seed, logps_mode, request_seeds, request_settings, shaping_settings
 from .weight_probe import VerifyLevel, make_probe, verify_weights
 
+# Below it, vLLM takes the most probable token.
+SMALLEST_TEMPERATURE = 1e-5
 WHERE = "The vLLM engine in this process"
 
 
@@ -98,7 +101,7 @@ class VLLMColocateEngine:
         self._is_asleep = False
 
         mode = logps_mode(self._request(sampling, 1))
-        self._owns_process_group = not torch.distributed.is_initialized()
+        was_initialized = torch.distributed.is_initialized()
         self._folder = tempfile.TemporaryDirectory(prefix="trl-vllm-")
         _save_description(inner, processing_class, self._folder.name)
         if accelerator.num_processes > 1:
@@ -121,6 +124,9 @@ class VLLMColocateEngine:
                 seed=accelerator.process_index // tensor_parallel_size,
                 trust_remote_code=trust_remote_code or None,
             )
+        self._end = weakref.finalize(
+            self, _end_engine, self.llm, not was_initialized, self._folder
+        )  # at the latest when the process ends
         self._scale, self._tells_logps = self._prepare_logps(sampling, mode)
         self._image_token_id = getattr(processing_class, "image_token_id", None)
         special = [] if self._image_token_id is None else [self._image_token_id]
@@ -155,8 +161,8 @@ class VLLMColocateEngine:
             )
         first = sum(map(len, everyone[: self._place]))
         own = outputs[first : first + len(everyone[self._place])]
-        completions = [completion for output in own for completion in output.outputs]
         rows = [prompt for prompt in as_prompts(prompts) for _ in range(sampling.n)]
+        completions = self._completions(own, rows)
         return [self._rollout(*pair, sampling) for pair in zip(rows, completions, strict=True)]
 
     def update_weights(self, model: nn.Module) -> None:
@@ -188,10 +194,8 @@ class VLLMColocateEngine:
 
     def close(self) -> None:
         """End the engine."""
-        if self.llm is not None:
-            vllm_adapter.close(self.llm, self._owns_process_group)
-            self.llm = None
-            self._folder.cleanup()
+        self._end()
+        self.llm = None
 
     # ---- Weights ----
 
@@ -248,16 +252,24 @@ class VLLMColocateEngine:
         self, prompts: list[Prompt], sampling: SamplingParams, seed: int
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Prompts and settings for vLLM; neighbouring rows with one prompt are one request for several completions."""
-        runs = [list(run) for _, run in groupby(prompts, key=lambda prompt: (prompt.ids, id(prompt.images)))]
+        runs = [list(run) for _, run in groupby(prompts, key=_identity)]
         seeds = request_seeds(seed + self.accelerator.process_index, len(runs))
         requests = []
         for run, own_seed in zip(runs, seeds, strict=True):
             prompt = run[0]
             settings = self._request(sampling, room_for_completion(len(prompt.ids), sampling, self.max_model_length))
-            settings.update(n=len(run) * sampling.n, seed=own_seed)
             settings["temperature"] = settings["temperature"] * self._scale
+            # vLLM refuses several greedy completions, which would all be the same.
+            is_greedy = settings["temperature"] < SMALLEST_TEMPERATURE
+            settings.update(n=1 if is_greedy else len(run) * sampling.n, seed=own_seed)
             requests.append((self._prompt(prompt), settings))
         return requests
+
+    def _completions(self, outputs: list[Any], rows: list[Prompt]) -> list[Any]:
+        """A completion for each row; a greedy one is that of all rows of its run."""
+        counts = [len(list(run)) for _, run in groupby(rows, key=_identity)]
+        pairs = zip(outputs, counts, strict=True)
+        return [output.outputs[index % len(output.outputs)] for output, count in pairs for index in range(count)]
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
         if not prompt.images:
@@ -310,6 +322,16 @@ class VLLMColocateEngine:
 # ---------------------------------------------------------------------------------------------------------------------
 # What an engine is built from
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _end_engine(llm: Any, owns_process_group: bool, folder: tempfile.TemporaryDirectory) -> None:
+    vllm_adapter.close(llm, owns_process_group)
+    folder.cleanup()
+
+
+def _identity(prompt: Prompt) -> tuple[Any, ...]:
+    """Rows with one prompt have its images in common, as objects."""
+    return prompt.ids, [id(image) for image in prompt.images or ()]
 
 
 def compute_dtype(model: nn.Module, accelerator: Accelerator) -> torch.dtype:

@@ -9,6 +9,8 @@ from .base_config import _ModelConfig, _PolicyFields, warn_deprecated
 
 VLLM_MODES = ("server", "colocate")
 VLLM_MODEL_IMPLS = ("vllm", "transformers")
+VLLM_DTYPES = ("float32", "bfloat16", "float16")
+VERIFY_LEVELS = ("off", "probe", "full")
 ON_REWARD_ERROR = ("raise", "count")
 
 
@@ -118,7 +120,8 @@ class _OnlineConfig(_PolicyFields, _ModelConfig):
         default=None, metadata={"help": "Regular expression that completions have to match."}
     )
     vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "URL of the server, instead of host and port."}
+        default=None,
+        metadata={"help": "URL of the server, instead of host and port; of several servers, separated by commas."},
     )
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the server."})
     vllm_server_port: int = field(default=8000, metadata={"help": "Port of the server."})
@@ -135,6 +138,26 @@ class _OnlineConfig(_PolicyFields, _ModelConfig):
     )
     vllm_enable_sleep_mode: bool = field(
         default=False, metadata={"help": "Free vLLM's memory while the model is trained."}
+    )
+
+    vllm_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "What vLLM computes in with `colocate`: `float32`, `bfloat16` or `float16`. By default what the "
+            "trainer computes in."
+        },
+    )
+    vllm_verify: str = field(
+        default="probe",
+        metadata={
+            "help": "How vLLM has to prove, after every update, that it has the trainer's weights: `probe` compares the "
+            "log-probs of a few fixed tokens, `full` every layer besides (slow, for debugging), `off` nothing.",
+            "choices": list(VERIFY_LEVELS),
+        },
+    )
+    vllm_request_timeout: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds that an answer of the server is waited for, repetitions included."},
     )
 
     # --- Training ---
@@ -208,6 +231,9 @@ class _OnlineConfig(_PolicyFields, _ModelConfig):
             self.use_transformers_continuous_batching = True
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_model_impl", self.vllm_model_impl, VLLM_MODEL_IMPLS)
+        check_choice("vllm_verify", self.vllm_verify, VERIFY_LEVELS)
+        if self.vllm_dtype is not None:
+            check_choice("vllm_dtype", self.vllm_dtype, VLLM_DTYPES)
         check_choice("reward_on_error", self.reward_on_error, ON_REWARD_ERROR)
         self._check_policy_fields()
         self._check_evaluation()

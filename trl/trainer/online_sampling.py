@@ -23,6 +23,9 @@ from ..rollouts.environments import EnvironmentPool
 from ..rollouts.transformers_engine import TransformersEngine, context_length
 from ..rollouts.types import Rollout, RolloutEngine, SamplingParams
 from ..rollouts.user_rollouts import rollouts_of_user_function
+from ..rollouts.vllm_adapter import require_vllm
+from ..rollouts.vllm_colocate import VLLMColocateEngine
+from ..rollouts.vllm_server_engine import VLLMServerEngine
 from .online_config import _OnlineConfig
 
 logger = logging.get_logger(__name__)
@@ -34,12 +37,22 @@ RolloutFunc: TypeAlias = "Callable[[list[Any], Any], dict[str, Any]]"
 def check_engine(args: _OnlineConfig) -> None:
     """
     Raises:
-        ValueError: the config asks for an engine that there is not.
+        ImportError: the config asks for vLLM, which is not installed.
+        ValueError: the config asks for two engines, or for one that cannot be spread over its processes.
     """
-    if args.use_vllm:
+    if not args.use_vllm:
+        return
+    if args.use_transformers_continuous_batching:
         raise ValueError(
-            "`use_vllm=True`, but this version generates with Transformers only. Set `use_vllm=False`; "
-            "`use_transformers_continuous_batching=True` is its faster way for completions of different lengths."
+            "`use_vllm=True` and `use_transformers_continuous_batching=True` are two ways to sample. Turn one off."
+        )
+    if args.vllm_mode == "server":
+        return  # vLLM is needed where the server is
+    require_vllm()
+    if args.world_size % args.vllm_tensor_parallel_size:
+        raise ValueError(
+            f"`vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` must divide the number of processes, "
+            f'{args.world_size}: with `vllm_mode="colocate"` an engine is cut over neighbouring processes.'
         )
 
 
@@ -71,11 +84,10 @@ def make_engine(
             f"`max_completion_length={args.max_completion_length}`, but the model's context has {longest} tokens for prompt "
             "and completion together. Lower it, or set it to None for what there is room for."
         )
-    settings = {
-        "pad_token_id": inner_tokenizer(processing_class).pad_token_id,
-        "eos_token_ids": eos_token_ids,
-        "gather_deepspeed3_params": args.ds3_gather_for_generation,
-    }
+    settings = {"pad_token_id": inner_tokenizer(processing_class).pad_token_id, "eos_token_ids": eos_token_ids}
+    if args.use_vllm:
+        return _make_vllm_engine(model, args, accelerator, processing_class, with_images, **settings)
+    settings["gather_deepspeed3_params"] = args.ds3_gather_for_generation
     if args.use_transformers_continuous_batching:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         keeps_head = getattr(args, "cast_lm_head_to_fp32", False)
@@ -95,6 +107,46 @@ def make_engine(
         cache_implementation=args.cache_implementation,
         # The policy must not write a placeholder for an image that is not there.
         suppress_tokens=[image_token_id] if image_token_id is not None else (),
+        **settings,
+    )
+
+
+def _make_vllm_engine(
+    model: nn.Module,
+    args: _OnlineConfig,
+    accelerator: Accelerator,
+    processing_class: ProcessingClass,
+    with_images: bool,
+    **settings: Any,
+) -> RolloutEngine:
+    settings.update(verify=args.vllm_verify, structured_outputs_regex=args.vllm_structured_outputs_regex)
+    if args.vllm_mode == "server":
+        host = f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        urls = [url.strip() for url in (args.vllm_server_base_url or host).split(",") if url.strip()]
+        return VLLMServerEngine(
+            accelerator,
+            urls=urls,
+            timeout=args.vllm_server_timeout,
+            request_timeout=args.vllm_request_timeout,
+            group_port=args.vllm_group_port,
+            max_model_length=args.vllm_max_model_length,
+            processing_class=processing_class,
+            with_images=with_images,
+            **settings,
+        )
+    return VLLMColocateEngine(
+        model,
+        accelerator,
+        processing_class,
+        sampling=sampling_params(args),
+        dtype=getattr(torch, args.vllm_dtype) if args.vllm_dtype else None,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.vllm_max_model_length,
+        max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        model_impl=args.vllm_model_impl,
+        trust_remote_code=bool((args.model_init_kwargs or {}).get("trust_remote_code")),
         **settings,
     )
 
@@ -124,6 +176,8 @@ def sampling_params(args: _OnlineConfig, evaluation_seed: int | None = None) -> 
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         seed=evaluation_seed,
+        # Transformers samples with the trained model itself: there is nothing to compare.
+        with_logps=args.use_vllm and temperature == args.temperature,
         generation_kwargs=args.generation_kwargs or {},
     )
 
@@ -181,17 +235,21 @@ class RolloutMaker:
         if newest != self._loaded:
             self.engine.update_weights(model)
             self._loaded = newest
-        if self.rollout_func is None:
-            rollouts = self.conversations.generate(rows, sampling)
-        else:
-            prompts = [row.get("prompt") for row in rows]
-            rollouts = rollouts_of_user_function(
-                self.rollout_func(prompts, self._trainer),
-                prompts,
-                self.conversations.processing_class,
-                self.conversations.eos_token_ids,
-            )
+        self.engine.wake()
+        rollouts = self._generate(rows, sampling)
+        self.engine.sleep()
         return rollouts
+
+    def _generate(self, rows: Sequence[Row], sampling: SamplingParams) -> list[Rollout]:
+        if self.rollout_func is None:
+            return self.conversations.generate(rows, sampling)
+        prompts = [row.get("prompt") for row in rows]
+        return rollouts_of_user_function(
+            self.rollout_func(prompts, self._trainer),
+            prompts,
+            self.conversations.processing_class,
+            self.conversations.eos_token_ids,
+        )
 
     def close(self) -> None:
         """End the engine and the tools' threads."""

@@ -31,8 +31,9 @@ from ..data.samplers import WholeStream, repeat_iterable_dataset
 from ..data.template_rendering import inner_tokenizer
 from ..extras.profiling import profiling_context, profiling_decorator
 from ..losses.advantages import Advantages
+from ..losses.engine_correction import engine_differences
 from ..losses.policy import PolicyLoss, PolicyLossTerm, count_units
-from ..losses.policy_metrics import policy_metrics
+from ..losses.policy_metrics import engine_agreement, policy_metrics
 from ..ops.scoring import TokenScores, score_tokens
 from ..rewards.suite import RewardTable
 from ..rollouts.transformers_engine import evaluation_mode, forked_generators
@@ -392,6 +393,13 @@ class OnlineTrainer(OnlineSetup):
         scores = self.score_completions(model, inputs, with_entropy=True)
         loss, terms = self.compute_policy_loss(inputs, scores)
         add_metrics(self.reducer, self.mode, policy_metrics(loss, self.loss_options))
+        if "rollout_logps" in inputs and not self.loss_options.corrects_engine:  # else told at the time of sampling
+            logps = inputs.get("old_logps", scores.logps.detach())
+            add_metrics(
+                self.reducer,
+                self.mode,
+                engine_agreement(*engine_differences(logps, inputs["rollout_logps"], inputs["train_mask"])),
+            )
         total = torch.zeros((), device=scores.logps.device)
         for term in terms:
             part = term.weight * self.normalize(
