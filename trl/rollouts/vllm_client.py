@@ -382,7 +382,19 @@ class VLLMClient:
         self._spool = WeightSpool()
         try:
             yield
-            self._pushing().push(self._spool.manifest, self._spool.weights())
+            try:
+                self._pushing().push(self._spool.manifest, self._spool.weights())
+            except ServerError as error:
+                if error.status != 422:
+                    raise
+                raise ServerError(
+                    error.url,
+                    error.status,
+                    f"{error.text} This server takes whole updates only: give it every weight of the model within one "
+                    "`with client.weight_update():`.",
+                    error.kind,
+                    error.details,
+                ) from error
         finally:
             self._spool.close()
             self._spool = None

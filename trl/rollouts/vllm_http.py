@@ -13,6 +13,7 @@ import ipaddress
 import json
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -318,7 +319,7 @@ def _reason(error: BaseException) -> str:
     """The innermost cause in few words; urllib3's own texts name pools and objects."""
     while (inner := _inner(error)) is not None:
         error = inner
-    text = str(error).split("(_", 1)[0].strip() or type(error).__name__
+    text = re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): ", "", str(error)).strip() or type(error).__name__
     return text[:200].rstrip(".")
 
 
@@ -364,6 +365,7 @@ def in_parallel(
             try:
                 done.put((index, function(item), None))
             except BaseException as error:
+                stop.set()
                 done.put((index, None, error))
         done.put(None)
 
@@ -380,7 +382,6 @@ def in_parallel(
             index, results[index], error = outcome
             if error is None:
                 continue
-            stop.set()
             if not isinstance(error, settle_on):
                 raise error
             failure = failure or error

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..models.weight_export import WeightInfo
-from .vllm_http import BROKEN_WEIGHTS, Answer, ServerConnection, ServerError, ServerLost
 from .vllm_colocate import SMALLEST_TEMPERATURE
+from .vllm_http import BROKEN_WEIGHTS, Answer, ServerConnection, ServerError, ServerLost
 from .vllm_sampling import request_seeds
 from .vllm_transport import (
     ServerInfo,
