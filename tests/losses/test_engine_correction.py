@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import load_reference
-from trl.losses.engine_correction import engine_correction
+from trl.losses.engine_correction import engine_correction, engine_differences
 from trl.losses.policy import PolicyLossOptions
-from trl.losses.policy_metrics import engine_metrics
+from trl.losses.policy_metrics import engine_agreement, engine_metrics
 from trl.losses.policy_options import ENGINE_CORRECTION_MODES
 
 REFERENCE = {name: case for name, case in load_reference("policy").items() if name.startswith("vllm_is_")}
@@ -37,7 +37,9 @@ def test_reference_figures(name):
     )
     expected = torch.tensor(outputs["importance_sampling_ratio"])
     torch.testing.assert_close(correction.ratios_BT, expected, rtol=1e-5, atol=1e-5)
-    assert values(engine_metrics(correction)) == pytest.approx(outputs["metrics"], rel=1e-5, abs=1e-5)
+    metrics = values(engine_metrics(correction))
+    del metrics["sampling/sampling_kl"]  # not among the recorded figures
+    assert metrics == pytest.approx(outputs["metrics"], rel=1e-5, abs=1e-5)
 
 
 def test_the_figures_cover_every_mode():
@@ -82,6 +84,18 @@ def test_missing_log_probs_are_ratio_1_and_no_difference(mode, missing):
     metrics = engine_metrics(nothing)
     assert int(metrics.means["sampling/sampling_logp_difference/mean"][1]) == 0
     assert float(metrics.maxima["sampling/sampling_logp_difference/max"]) == -math.inf
+
+
+def test_agreement_has_the_divergence_from_engine_to_trainer():
+    """What the engine sampled, log q - log p on average; with many samples of known q and p, their KL divergence."""
+    q, p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    tokens = torch.multinomial(q, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, len(tokens))
+    logps, engine = p.log()[tokens][None], q.log()[tokens][None]
+    metrics = values(engine_agreement(*engine_differences(logps, engine, mask)))
+    assert metrics["sampling/sampling_kl"] == pytest.approx(float((q * (q / p).log()).sum()), abs=0.01)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(2.5), abs=1e-5)
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.7 * math.log(2.5), abs=0.01)
 
 
 @pytest.mark.parametrize("mode", ENGINE_CORRECTION_MODES)

@@ -19,6 +19,7 @@ from trl.losses.entropy import EntropyController
 from trl.losses.policy import PolicyLossInputs
 from trl.ops.scoring import TokenScores
 from trl.rewards import RewardError, RewardValueError
+from trl.rollouts import vllm_adapter
 
 from ..conftest import build_model, build_tokenizer, load_reference
 from .grpo_helpers import LORA, PROMPTS, Counter, fixed_rollouts, look_up, make_trainer, vowels
@@ -419,7 +420,10 @@ def environment_without_reset():
             RewardError,
             "remove_unused_columns",
         ),
-        ({"use_vllm": True}, ValueError, "use_vllm"),
+        ({"use_vllm": True, "use_transformers_continuous_batching": True}, ValueError, "two ways"),
+        ({"use_vllm": True, "vllm_mode": "elsewhere"}, ValueError, "vllm_mode"),
+        ({"use_vllm": True, "vllm_verify": "twice"}, ValueError, "vllm_verify"),
+        ({"use_vllm": True, "vllm_dtype": "int8"}, ValueError, "vllm_dtype"),
         ({"reward_time_limits": [1.0, 2.0]}, ValueError, "time_limits"),
         ({"reward_on_error": "ignore"}, ValueError, "reward_on_error"),
         ({"temperature": 0}, ValueError, "temperature"),
@@ -432,6 +436,12 @@ def test_what_cannot_work_is_refused_at_once(tmp_path, settings, error, message)
         warnings.simplefilter("ignore")
         with pytest.raises(error, match=message):
             make_trainer(tmp_path, **settings)
+
+
+def test_without_vllm_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_adapter, "is_vllm_available", lambda: False)
+    with pytest.raises(ImportError, match=r"trl\[vllm\]"):
+        make_trainer(tmp_path, use_vllm=True)
 
 
 def test_errors_of_reward_functions_name_them(tmp_path):
