@@ -249,9 +249,18 @@ class HttpTransport:
         try:
             return self.connection.post("/trl/weights", body, seconds=OTHERS_UPDATE_SECONDS, busy=(409, *BUSY))
         except ServerError as error:
-            if error.status != 409:
+            if error.status == 409:
+                raise another_trainer(self.connection.url, error.details.get("owner"), error.text) from error
+            if error.status != 422:
                 raise
-            raise another_trainer(self.connection.url, error.details.get("owner"), error.text) from error
+            raise ServerError(
+                error.url,
+                error.status,
+                f"{error.text} The server's model is not the one that is trained: start it with the same model. With "
+                "adapters on the embeddings or the head, that is one saved with `tie_word_embeddings=False`.",
+                error.kind,
+                error.details,
+            ) from error
 
     def _commit(self, path: str, before: str) -> str:
         try:
