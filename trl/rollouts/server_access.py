@@ -14,8 +14,10 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -202,6 +204,8 @@ class RequestBody:
         if len(lengths) == 1 and lengths[0].isdigit() and len(lengths[0]) < 20 and not self.is_chunked:
             self.length = int(lengths[0])
         self.is_read = not lengths and not self.is_chunked
+        # The sender waits to be asked for the body; asking is the first `receive`.
+        self._is_held_back = any(name == b"expect" for name, _ in headers)
         self._receive = receive
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -213,6 +217,7 @@ class RequestBody:
             Disconnected: the sender went before the end.
         """
         while not self.is_read:
+            self._is_held_back = False
             try:
                 message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
             except asyncio.TimeoutError:
@@ -271,6 +276,9 @@ class RequestBody:
             limit: most bytes that are read.
         """
 
+        if self._is_held_back:
+            return
+
         async def read_on() -> None:
             count = 0
             async for piece in self.pieces():
@@ -288,6 +296,42 @@ class RequestBody:
             "start the server with a larger TRL_SERVER_MAX_BODY_MIB.",
             "too_large",
         )
+
+
+# What a body has to have for `check_values` to read it at all.
+_SUSPECT = re.compile(rb"[0-9]{19}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00|structured_outputs")
+
+
+def check_values(body: bytes) -> None:
+    """
+    Refuse values in JSON for vLLM that are of no use there, and that it answers as if it had failed itself: integers of
+    more than 64 bits, halves of characters, and structured outputs that are no object.
+
+    Args:
+        body: of the request. What is no JSON is left for vLLM to refuse.
+
+    Raises:
+        RequestError: it has such a value.
+    """
+    if _SUSPECT.search(body) is None:
+        return
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, dict) and not isinstance(value.get("structured_outputs"), dict | NoneType):
+        raise RequestError(400, "`structured_outputs` has to be an object.")
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise RequestError(400, "The request has an integer of more than 64 bits.")
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise RequestError(400, "The request has half a character (an unpaired surrogate) in a text.")
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

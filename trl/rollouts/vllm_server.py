@@ -35,6 +35,7 @@ from .server_access import (
     Scope,
     Send,
     ServerLimits,
+    check_values,
     is_loopback,
     replay,
     send_error,
@@ -169,7 +170,7 @@ class RolloutServer:
             await self._app(scope, replay(await body.read(self._limits.body_bytes), receive), send)
         elif path in WORKING_PATHS:
             _want_method(method, "POST")
-            await self._app(scope, replay(await body.read(self._limits.body_bytes), receive), send)
+            await self._app(scope, replay(await self._checked(body), receive), send)
         elif self._nccl is not None and path in NCCL_PATHS:
             _want_method(method, "POST")
             await self._nccl.answer(path, scope, await body.read(self._limits.body_bytes), receive, send)
@@ -204,7 +205,7 @@ class RolloutServer:
 
     async def _generate(self, scope: Scope, body: RequestBody, receive: Receive, send: Send) -> None:
         wanted = [value.decode("latin-1") for name, value in scope["headers"] if name == VERSION_HEADER.encode()]
-        data = await body.read(self._limits.body_bytes)  # first: a slow sender shall keep nobody waiting
+        data = await self._checked(body)  # first: a slow sender shall keep nobody waiting
         try:
             async with self._weights.gate.generation(self._limits.wait_seconds):
                 for version in wanted or [None]:
@@ -219,6 +220,11 @@ class RolloutServer:
                 await self._app(scope, replay(data, receive), send_with_version)
         except GateTimeout:
             raise self._weights.busy("generate") from None
+
+    async def _checked(self, body: RequestBody) -> bytes:
+        data = await body.read(self._limits.body_bytes)
+        await asyncio.to_thread(check_values, data)
+        return data
 
     # ---- Weights ----
 
