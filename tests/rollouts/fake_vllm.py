@@ -6,13 +6,17 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import safetensors.torch
 
 EOS = 2
+
+
+def wait(seconds: float) -> None:
+    """Also where a test has shortened `time.sleep`."""
+    threading.Event().wait(seconds)
 
 
 def completion_of(prompt: list[int], seed: int, index: int, most: int) -> list[int]:
@@ -79,7 +83,7 @@ class FakeVLLM:
 
         def restart() -> None:
             self.stop()
-            time.sleep(seconds)
+            wait(seconds)
             self.instance, self.updates, self.owner, self.weights = "second", 0, None, {}
             self.start()
 
@@ -186,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             fake.running += 1
             fake.most_running = max(fake.most_running, fake.running)
         try:
-            time.sleep(fake.seconds)
+            wait(fake.seconds)
             self._reply(fake, path, body, failure)
         finally:
             with fake.lock:
@@ -203,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if failure == "hang":
-            time.sleep(20)
+            wait(20)
         if failure == "redirect":
             self._send(302, b"", {"Location": "http://127.0.0.1:1/elsewhere"})
             return

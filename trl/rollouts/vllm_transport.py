@@ -251,6 +251,8 @@ class HttpTransport:
         except ServerError as error:
             if error.status == 409:
                 raise another_trainer(self.connection.url, error.details.get("owner"), error.text) from error
+            if error.status >= 500:
+                raise ServerLost(f"The update of the weights could not begin: {error}") from error
             if error.status != 422:
                 raise
             raise ServerError(
