@@ -10,6 +10,7 @@ so that a resumed run samples what it would have sampled.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 import warnings
@@ -124,6 +125,8 @@ class VLLMColocateEngine:
                 seed=accelerator.process_index // tensor_parallel_size,
                 trust_remote_code=trust_remote_code or None,
             )
+        if not was_initialized:
+            logging.getLogger("transformers.training_args").addFilter(_is_not_about_the_process_group)
         self._end = weakref.finalize(
             self, _end_engine, self.llm, not was_initialized, self._folder
         )  # at the latest when the process ends
@@ -327,6 +330,11 @@ class VLLMColocateEngine:
 def _end_engine(llm: Any, owns_process_group: bool, folder: tempfile.TemporaryDirectory) -> None:
     vllm_adapter.close(llm, owns_process_group)
     folder.cleanup()
+
+
+def _is_not_about_the_process_group(record: logging.LogRecord) -> bool:
+    """Transformers takes vLLM's process group, of this process alone, for a launch that went wrong."""
+    return "torch.distributed process group is initialized" not in record.getMessage()
 
 
 def _identity(prompt: Prompt) -> tuple[Any, ...]:
