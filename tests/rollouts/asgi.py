@@ -23,7 +23,8 @@ class Reply:
 
 
 async def ask(
-    app: Any,
+    asked: Any,
+    /,
     method: str,
     path: str,
     body: bytes | list[bytes | None] = b"",
@@ -65,7 +66,7 @@ async def ask(
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     full = {"type": "http", "method": method, "path": path, "headers": raw, "root_path": "", **scope}
-    await asyncio.wait_for(app(full, receive, send), 30)
+    await asyncio.wait_for(asked(full, receive, send), 30)
     return reply
 
 

@@ -48,6 +48,7 @@ class NcclRoutes:
         self._weights = weights
         self._is_paused = False
         self._is_unclaimed = False
+        self._has_failed = False  # part of the update that is under way
         self._watch: asyncio.Task | None = None  # while an update is under way
 
     async def answer(self, path: str, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
@@ -63,7 +64,7 @@ class NcclRoutes:
 
         Raises:
             RequestError: requests that generate took too long, or the update failed.
-            ConflictError: no update was started, or one is under way.
+            ConflictError: no update was started, one is under way, or a part of it failed.
         """
         if path == "/start_weight_update":
             await self._start()
@@ -78,6 +79,9 @@ class NcclRoutes:
         except BaseException:
             self._after(path, False)
             raise
+        if path == "/finish_weight_update" and succeeded and self._has_failed:
+            self._after(path, False)
+            raise ConflictError("A part of this update failed, so its weights are not used. Send them all again.")
         if path == "/finish_weight_update" and succeeded:
             await self._finish()
         else:
@@ -107,6 +111,7 @@ class NcclRoutes:
             await self._weights.gate.close(self._weights.limits.wait_seconds, wait_for_running=not self._is_paused)
         except GateTimeout:
             raise self._weights.busy("change its weights") from None
+        self._has_failed = False
         self._keep_watch()
 
     def _after(self, path: str, succeeded: bool) -> None:
@@ -117,6 +122,7 @@ class NcclRoutes:
             self._end()
         elif path in ("/update_weights", "/finish_weight_update"):
             self._weights.are_whole = False
+            self._has_failed |= not succeeded
             if path == "/finish_weight_update":
                 self._end()
             else:
