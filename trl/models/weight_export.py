@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -255,12 +256,11 @@ class _Walk:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def _dequantized(self, module: nn.Module) -> Tensor:
-        from peft.utils.integrations import dequantize_module_weight
-
         if not self.whole and module.weight.__class__.__name__ == "Params4bit":
             state = module.weight.quant_state
-            return torch.empty(state.shape, dtype=state.dtype, device="meta")
-        return dequantize_module_weight(module).detach()
+            dtype = state.original_dtype if _is_packed_for_cpu(state) else state.dtype
+            return torch.empty(state.shape, dtype=dtype, device="meta")
+        return _dequantized_weight(module)
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -296,11 +296,40 @@ def _is_part_of_quantization(module: nn.Module, name: str) -> bool:
     return isinstance(weight, Tensor) and _is_quantized(weight) and name not in ("weight", "bias")
 
 
+def _dequantized_weight(module: nn.Module) -> Tensor:
+    """A quantized weight as the numbers that it stands for, whichever way it is kept now."""
+    weight = module.weight
+    if weight.__class__.__name__ != "Params4bit":
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(module).detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    data, state = weight.data, weight.quant_state
+    if _is_packed_for_cpu(state):
+        data, state = _unpacked(data, state)
+    return dequantize_4bit(data, state).detach()
+
+
+def _is_packed_for_cpu(state: Any) -> bool:
+    """Whether bitsandbytes has put 4 bits in another order: a CPU with bfloat16 does that in its first evaluation."""
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """A copy in the order that `dequantize_4bit` reads, with the scales that the CPU computes with."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    own = copy.copy(state)
+    own.original_nested = False  # the scales are not quantized again
+    data, own = _convert_weight_packed_for_cpu_inverse(data, own)
+    own.absmax = state.absmax.T.reshape(-1).float()
+    return data, own
+
+
 def _merged_quantized(module: nn.Module, base: nn.Module) -> Tensor:
     """A dequantized weight with what the adapters add; their own `merge` would quantize the sum."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(base).detach().clone()
+    weight = _dequantized_weight(base).clone()
     if module.disable_adapters:
         return weight
     for adapter in module.active_adapters:
