@@ -169,12 +169,15 @@ def close(engine: LLM, owns_process_group: bool) -> None:
 
 @contextlib.contextmanager
 def process_settings_kept() -> Iterator[None]:
-    """vLLM seeds all generators of the process and sets its number of threads; the block's end undoes that."""
+    """
+    vLLM seeds all generators of the process, and on a CPU sets its number of threads and lets nobody change it again;
+    the block's end undoes that.
+    """
     import random
 
     import numpy
 
-    threads = torch.get_num_threads()
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -185,6 +188,7 @@ def process_settings_kept() -> Iterator[None]:
         torch.random.set_rng_state(states[2])
         if device_states is not None:
             torch.cuda.set_rng_state_all(device_states)
+        torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
 
 
