@@ -10,8 +10,9 @@ import torch
 
 from trl.rollouts import vllm_adapter, vllm_colocate
 
+from .grpo_helpers import Counter, look_up
 from .test_resume import weights_of
-from .vllm_helpers import build_policy, logged, make_vllm_trainer
+from .vllm_helpers import COUNTS, LOOKS_UP, build_policy, logged, make_tool_trainer, make_vllm_trainer
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(300)
@@ -246,3 +247,29 @@ def test_options_that_cannot_work(tmp_path, monkeypatch):
     model.is_loaded_in_8bit = True
     with pytest.raises(ValueError, match="8 bits"):
         make_vllm_trainer(tmp_path, model=model)
+
+
+def test_tools_are_called_and_their_results_not_trained_on(tmp_path):
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return [float(len(completion[1]["content"])) for completion in completions]
+
+    settings = {"tools": [look_up], "vllm_structured_outputs_regex": LOOKS_UP}
+    trainer = make_tool_trainer(tmp_path, reward, **settings)
+    trainer.train()
+    assert [[message["role"] for message in messages] for messages in seen] == [["assistant", "tool", "assistant"]] * 8
+    results = {message["content"] for messages in seen for message in messages if message["role"] == "tool"}
+    assert len(results) > 1
+    assert all("is a word" in result or "error" in result for result in results)
+    assert logged(trainer, "tools/call_frequency") == [1.0, 1.0]
+    assert max(logged(trainer, DIFFERENCE)) <= 1e-4  # of the policy's tokens, before and after the tool's
+
+
+def test_environments_are_acted_in(tmp_path):
+    with pytest.warns(UserWarning, match="environment_factory"):
+        trainer = make_tool_trainer(tmp_path, None, environment_factory=Counter, vllm_structured_outputs_regex=COUNTS)
+    trainer.train()
+    assert len(logged(trainer, "rewards/Counter/mean")) == 2
+    assert logged(trainer, "tools/call_frequency") == [1.0, 1.0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import tempfile
 import warnings
 import weakref
@@ -162,11 +163,14 @@ class VLLMColocateEngine:
             outputs = vllm_adapter.generate(
                 self.llm, [prompt for prompt, _ in asked], [settings for _, settings in asked]
             )
+            answers = [self._completions(*pair, sampling) for pair in zip(asked, outputs, strict=True)]
         first = sum(map(len, everyone[: self._place]))
-        own = outputs[first : first + len(everyone[self._place])]
+        own = answers[first : first + len(everyone[self._place])]
         rows = [prompt for prompt in as_prompts(prompts) for _ in range(sampling.n)]
-        completions = self._completions(own, rows)
-        return [self._rollout(*pair, sampling) for pair in zip(rows, completions, strict=True)]
+        counts = [len(list(run)) for _, run in groupby(rows, key=_identity)]
+        # A greedy completion is that of all rows of its run.
+        pairs = [run[index % len(run)] for run, count in zip(own, counts, strict=True) for index in range(count)]
+        return [self._rollout(prompt, *pair) for prompt, pair in zip(rows, pairs, strict=True)]
 
     def update_weights(self, model: nn.Module) -> None:
         """From now on sample with the weights of `model`; raises a RuntimeError where they do not arrive."""
@@ -268,11 +272,24 @@ class VLLMColocateEngine:
             requests.append((self._prompt(prompt), settings))
         return requests
 
-    def _completions(self, outputs: list[Any], rows: list[Prompt]) -> list[Any]:
-        """A completion for each row; a greedy one is that of all rows of its run."""
-        counts = [len(list(run)) for _, run in groupby(rows, key=_identity)]
-        pairs = zip(outputs, counts, strict=True)
-        return [output.outputs[index % len(output.outputs)] for output, count in pairs for index in range(count)]
+    def _completions(
+        self, request: tuple[dict[str, Any], dict[str, Any]], output: Any, sampling: SamplingParams
+    ) -> list[tuple[list[int], list[float | None] | None]]:
+        """Tokens and log-probs of a request's completions, up to their first stop token."""
+        tokens = [cut_after_eos(list(completion.token_ids), self.eos_token_ids) for completion in output.outputs]
+        if not sampling.with_logps or not self._tells_logps:
+            return [(ids, None) for ids in tokens]
+        if request[1].get("structured_outputs") is None:
+            logps = map(vllm_adapter.sampled_logps, output.outputs)
+            return [(ids, told[: len(ids)]) for ids, told in zip(tokens, logps, strict=True)]
+        if "multi_modal_data" in request[0]:
+            return [(ids, None) for ids in tokens]
+        # What a grammar forbids is gone before vLLM takes even raw log-probs, so the completions are scored as prompts.
+        longest = (self.max_model_length or sys.maxsize) - 1
+        prompt_ids = output.prompt_token_ids
+        told = vllm_adapter.prompt_logps(self.llm, [[*prompt_ids, *ids][:longest] for ids in tokens])
+        found = [logps[len(prompt_ids) - 1 :] for logps in told]
+        return [(ids, [*logps, *[None] * (len(ids) - len(logps))]) for ids, logps in zip(tokens, found, strict=True)]
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
         if not prompt.images:
@@ -285,13 +302,11 @@ class VLLMColocateEngine:
         ]
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": list(prompt.images)}}
 
-    def _rollout(self, prompt: Prompt, completion: Any, sampling: SamplingParams) -> Rollout:
-        ids = cut_after_eos(list(completion.token_ids), self.eos_token_ids)
-        logps = vllm_adapter.sampled_logps(completion) if sampling.with_logps and self._tells_logps else None
+    def _rollout(self, prompt: Prompt, ids: list[int], logps: list[float | None] | None) -> Rollout:
         return Rollout(
             prompt.ids,
-            ids,
-            sampled_logps=logps[: len(ids)] if logps is not None else None,
+            list(ids),
+            sampled_logps=logps,
             images=prompt.images,
             is_truncated=is_truncated(ids, [*self.eos_token_ids, self.pad_token_id]),
         )
