@@ -398,10 +398,11 @@ def test_features_are_put_where_the_prompt_has_its_images():
     placed = place_features(features, [1, 7, 7, 2, 7, 7, 7], 7)
     assert placed["mm_placeholders"]["image"] == [{"offset": 1, "length": 2}, {"offset": 4, "length": 3}]
     assert placed["mm_hashes"] == features["mm_hashes"]
-    with pytest.raises(ValueError, match="1 runs"):
-        place_features(features, [1, 7, 7], 7)
-    with pytest.raises(ValueError, match="same processor"):
-        place_features(features, [7, 7, 1, 7, 7], 7)
+    side_by_side = place_features(features, [1, 7, 7, 7, 7, 7, 2], 7)
+    assert side_by_side["mm_placeholders"]["image"] == [{"offset": 1, "length": 2}, {"offset": 3, "length": 3}]
+    for ids in ([1, 7, 7], [7, 7, 1, 7, 7], [7, 7, 1, 7, 7, 7, 7], [7, 7, 7, 1, 7, 7], [7, 7, 1, 7, 7, 7, 2, 7]):
+        with pytest.raises(ValueError, match="same processor"):
+            place_features(features, ids, 7)
 
 
 def test_a_server_that_renders_no_images_is_named(client):

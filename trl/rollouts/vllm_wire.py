@@ -210,17 +210,20 @@ def place_features(features: dict, prompt_ids: list[int], image_token_id: int) -
     """
     lengths = [place["length"] for place in features["mm_placeholders"]["image"]]
     runs = list(_runs(prompt_ids, image_token_id))
-    if len(runs) != len(lengths):
+    placed, left = [], list(lengths)
+    for offset, size in runs:
+        end = offset + size
+        while left and offset + left[0] <= end:  # images without anything between them are one run
+            placed.append({"offset": offset, "length": left[0]})
+            offset += left.pop(0)
+        if offset != end:
+            break
+    if left or sum(lengths) != sum(size for _, size in runs):
         raise ValueError(
-            f"The prompt has {len(runs)} runs of the image token {image_token_id}, and there are {len(lengths)} images."
+            f"The prompt's placeholders (runs of the token {image_token_id}) have {[size for _, size in runs]} tokens, "
+            f"those that the server made of the same images {lengths}: other images, or trainer and server prepare them "
+            "differently. Give both the same processor (same model folder, same sizes)."
         )
-    if [length for _, length in runs] != lengths:
-        raise ValueError(
-            f"The prompt's image placeholders have {[length for _, length in runs]} tokens, those that the server made "
-            f"of the same images {lengths}: trainer and server prepare images differently. Give both the same "
-            "processor (same model folder, same sizes)."
-        )
-    placed = [{"offset": offset, "length": length} for offset, length in runs]
     return {**features, "mm_placeholders": {**features["mm_placeholders"], "image": placed}}
 
 
