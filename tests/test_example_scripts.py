@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
 
 import pytest
 
 from trl.rollouts.transformers_engine import TransformersEngine
 
-from .conftest import build_model
+from .conftest import build_model, build_tokenizer
 from .rollouts.helpers import ScriptedEngine, build_tool_tokenizer, tool_call
-from .test_examples import as_flags, load_script
+from .test_examples import EXAMPLES, as_flags, load_script
+from .two_processes import free_port
 
 
 def message(text: str, role: str = "assistant", **more) -> dict:
@@ -166,3 +169,113 @@ def test_environment(tmp_path, monkeypatch, tool_model, say, capsys):
     step = logged(capsys)
     assert step["rewards/TreasureHunt/mean"] == step["reward"] == 0.5
     assert step["tools/failure_frequency"] == 0.0
+
+
+# ---- vLLM ----
+
+
+@pytest.fixture(scope="module")
+def vllm_model(tmp_path_factory):
+    """A folder with a tiny model that vLLM's CPU kernels take, and a small tokenizer with a chat template."""
+    path, tokenizer = str(tmp_path_factory.mktemp("vllm") / "model"), build_tokenizer()
+    model = build_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_vllm_in_the_training_process(tmp_path, monkeypatch, vllm_model, capsys):
+    pytest.importorskip("vllm")
+    example = load_script("scripts/grpo_vllm_colocate.py", monkeypatch)
+    sums = example.make_sums()
+    assert len(set(sums["prompt"])) == 144
+    assert example.right_sum([" 13. 12", "2 or 13", "?"], [13, 13, 13]) == [1.0, 0.0, 0.0]
+    flags = {"model_name_or_path": vllm_model, "vllm_max_model_length": 256, "vllm_verify": "full"}
+    run(example, *quiet_flags(tmp_path, **flags, eval_strategy="no", eval_on_start="false"))
+    printed = capsys.readouterr().out
+    assert "Held-out sums that were right: not asked" in printed
+    assert float(re.search(r"log-prob: (\S+) nats", printed)[1]) < 1e-4
+
+
+def test_vllm_server(tmp_path, monkeypatch, vllm_model, capsys):
+    """The script's own part: it asks a server, whose place the address of nobody takes here."""
+    example = load_script("scripts/grpo_vllm_server.py", monkeypatch)
+    row = {"question": "How many?", "answer": "#### 5"}
+    (tmp_path / "questions.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    flags = {"model_name_or_path": vllm_model, "dataset_name": tmp_path / "questions.jsonl"}
+    flags |= {"vllm_server_port": free_port(), "vllm_server_timeout": 1}
+    with pytest.raises(
+        ConnectionError, match=f"No vLLM server was ready at http://127.0.0.1:{flags['vllm_server_port']}"
+    ):
+        run(example, *quiet_flags(tmp_path, **flags))
+
+
+# ---- Slurm ----
+
+STAND_INS = {
+    "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
+    "curl": 'echo "curl $*" >> "$CALLS"; [ -e "$CALLS.up" ] || { touch "$CALLS.up"; exit 22; }',
+    "sleep": "exec /bin/sleep 0.05",
+    "accelerate": 'echo "accelerate $VLLM_API_KEY $*" >> "$CALLS"; exit ${TRAINING_ENDS:-0}',
+    "trl": 'echo "trl $VLLM_API_KEY $*" >> "$CALLS"; trap "echo stopped >> $CALLS; exit 0" TERM; '
+    "${SERVER_ENDS:-:}; while :; do /bin/sleep 0.05; done",
+    # Runs what comes after the options, on as many nodes as it says.
+    "srun": 'echo "srun $*" >> "$CALLS"; while [[ $1 == --* ]]; do '
+    '[[ $1 == --ntasks=* ]] && n=${1#*=}; shift; done; [[ $1 == trl ]] && exec "$@"; '
+    'for ((i = 0; i < n; i++)); do SLURM_PROCID=$i "$@" || exit $?; done',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the job with stand-ins for Slurm and for the programs it starts: what was called, and how it ended."""
+    for name, body in STAND_INS.items():
+        file = tmp_path / name
+        file.write_text(f"#!/bin/bash\n{body}\n")
+        file.chmod(0o755)
+
+    def run_job(**variables):
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-3]", **variables}
+        job = EXAMPLES / "slurm" / "grpo_vllm_server.slurm"
+        done = subprocess.run(["bash", job], env=environment, capture_output=True, text=True, timeout=60)
+        return (tmp_path / "calls").read_text().splitlines(), done
+
+    return run_job
+
+
+def test_slurm_job(slurm, monkeypatch):
+    """The last node serves with a key, the others train with the same one once it is healthy, and it is stopped."""
+    calls, done = slurm()
+    assert done.returncode == 0, done.stderr
+    serve = next(call for call in calls if call.startswith("trl "))
+    trainings = [call for call in calls if call.startswith("accelerate ")]
+    (key,) = {call.split()[1] for call in [serve, *trainings]}
+    assert len(key) > 30
+    assert not any(key in call for call in calls if call.startswith("srun"))
+    assert any("--nodelist=node3 " in call and "vllm-serve" in call for call in calls)
+    assert any("--nodelist=node1,node2 " in call for call in calls)
+    assert sum("http://node3:8000/health" in call for call in calls) == 2
+    assert calls.index(trainings[0]) > max(index for index, call in enumerate(calls) if call.startswith("curl"))
+    for rank, training in enumerate(trainings):
+        assert f"--num_machines 2 --num_processes 16 --machine_rank {rank} --main_process_ip node1" in training
+        assert "--vllm_server_base_url http://node3:8000" in training
+    assert calls[-1] == "stopped"
+
+    parser = load_script("scripts/grpo_vllm_server.py", monkeypatch).make_parser()
+    training_args = parser.parse_args_and_config([*trainings[0].partition(".py ")[2].split(), "--bf16", "false"])[1]
+    assert (training_args.vllm_mode, training_args.max_completion_length) == ("server", 2048)
+
+
+def test_slurm_job_stops_its_server_when_training_fails(slurm):
+    calls, done = slurm(TRAINING_ENDS="3")
+    assert done.returncode == 3
+    assert calls[-1] == "stopped"
+
+
+def test_slurm_job_tells_that_the_server_ended(slurm):
+    calls, done = slurm(SERVER_ENDS="exit 1")
+    assert done.returncode == 1
+    assert "The server ended before it was up" in done.stderr
+    assert not any(call.startswith("accelerate") for call in calls)
