@@ -264,6 +264,7 @@ class VLLMColocateEngine:
         requests = []
         for run, own_seed in zip(runs, seeds, strict=True):
             prompt = run[0]
+            self._check_room(len(prompt.ids))
             settings = self._request(sampling, room_for_completion(len(prompt.ids), sampling, self.max_model_length))
             settings["temperature"] = settings["temperature"] * self._scale
             # vLLM refuses several greedy completions, which would all be the same.
@@ -271,6 +272,14 @@ class VLLMColocateEngine:
             settings.update(n=1 if is_greedy else len(run) * sampling.n, seed=own_seed)
             requests.append((self._prompt(prompt), settings))
         return requests
+
+    def _check_room(self, prompt_length: int) -> None:
+        if self.max_model_length and prompt_length >= self.max_model_length:
+            raise ValueError(
+                f"A prompt of {prompt_length} tokens leaves no room for a completion in the {self.max_model_length} "
+                "tokens that the vLLM engine takes (`vllm_max_model_length`). Prompts are never cut: filter the dataset "
+                "by prompt length, or raise that limit up to the model's context."
+            )
 
     def _completions(
         self, request: tuple[dict[str, Any], dict[str, Any]], output: Any, sampling: SamplingParams
