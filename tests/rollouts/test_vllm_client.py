@@ -626,5 +626,8 @@ def test_a_broken_nccl_update_leaves_its_group(fake_nccl, monkeypatch):
         transport = NcclTransport(connection, read_info(connection), "me", 51216, device="cpu")
         with pytest.raises(ServerError, match="404"):
             transport.push([], [])
+        fake.fail("/start_weight_update", 503)
+        with pytest.raises(ServerLost, match="did not get through"):
+            transport.push([], [])
         assert fake.paths()[-1] == "POST /shutdown_weight_transfer_engine"
         assert transport._engine is None

@@ -91,6 +91,7 @@ def test_the_settings_are_the_requests(fake, engine):
         "logprobs": None, "stop_token_ids": [EOS], "seed": request_seeds(1, 1)[0], "min_tokens": 2,
     }  # fmt: skip
     assert sent == expected
+    assert fake.headers[-1]["trl-weights"] == fake.version
 
 
 def test_a_regular_expression_goes_along(fake):

@@ -3,7 +3,7 @@ How weights get from the trainer to a vLLM server, chosen by what both sides hav
 
 [`NcclTransport`] broadcasts from GPU to GPUs and is driven by vLLM's own trainer side. [`HttpTransport`] needs nothing but
 the connection: safetensors in bodies of bounded size, which the server checks against its model before it reads them.
-A stock `vllm serve` knows only the first.
+A stock `vllm serve` knows only the first. Of NCCL the order of its calls is tested; it has not run on GPUs yet.
 """
 
 from __future__ import annotations
@@ -340,8 +340,10 @@ class NcclTransport:
                 self.connect()
             with torch.cuda.device(self.device):
                 self._engine.send_weights()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ServerError) and error.status >= 500:
+                raise ServerLost(f"The update of the weights did not get through: {error}") from error
             raise
         finally:
             self._source.weights = ()
