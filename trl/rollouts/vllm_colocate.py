@@ -110,6 +110,7 @@ class VLLMColocateEngine:
             _set_launch_environment(accelerator)
         with vllm_adapter.process_settings_kept():
             self.llm = vllm_adapter.make_engine(
+                inner,
                 model=self._folder.name,
                 load_format="dummy",  # the trainer's weights follow
                 dtype=str(self.dtype).split(".")[-1],
@@ -154,23 +155,16 @@ class VLLMColocateEngine:
         Raises:
             ValueError: a prompt leaves no room for a completion.
         """
-        self.wake()
-        seed = draw_seed() if sampling.seed is None else sampling.seed
-        requests = self._requests(as_prompts(prompts), sampling, seed)
-        everyone = self._gather(requests)
-        asked = [request for part in everyone for request in part]
+        asked, outputs, own = self._run(prompts, sampling)
         with vllm_adapter.process_settings_kept():
-            outputs = vllm_adapter.generate(
-                self.llm, [prompt for prompt, _ in asked], [settings for _, settings in asked]
-            )
             answers = [self._completions(*pair, sampling) for pair in zip(asked, outputs, strict=True)]
-        first = sum(map(len, everyone[: self._place]))
-        own = answers[first : first + len(everyone[self._place])]
-        rows = [prompt for prompt in as_prompts(prompts) for _ in range(sampling.n)]
-        counts = [len(list(run)) for _, run in groupby(rows, key=_identity)]
-        # A greedy completion is that of all rows of its run.
-        pairs = [run[index % len(run)] for run, count in zip(own, counts, strict=True) for index in range(count)]
-        return [self._rollout(prompt, *pair) for prompt, pair in zip(rows, pairs, strict=True)]
+        return [self._rollout(prompt, *answer) for prompt, answer in _by_row(prompts, sampling.n, answers[own])]
+
+    def completion_outputs(self, prompts: Sequence[Prompt | Sequence[int]], sampling: SamplingParams) -> list[Any]:
+        """vLLM's own `CompletionOutput`s, in the order of `generate`: for what a rollout does not hold."""
+        _, outputs, own = self._run(prompts, sampling)
+        completions = [output.outputs for output in outputs[own]]
+        return [completion for _, completion in _by_row(prompts, sampling.n, completions)]
 
     def update_weights(self, model: nn.Module) -> None:
         """From now on sample with the weights of `model`; raises a RuntimeError where they do not arrive."""
@@ -281,6 +275,21 @@ class VLLMColocateEngine:
                 "by prompt length, or raise that limit up to the model's context."
             )
 
+    def _run(
+        self, prompts: Sequence[Prompt | Sequence[int]], sampling: SamplingParams
+    ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[Any], slice]:
+        """Requests and vLLM's outputs, of all processes that share the engine, and which of them are this one's."""
+        self.wake()
+        seed = draw_seed() if sampling.seed is None else sampling.seed
+        everyone = self._gather(self._requests(as_prompts(prompts), sampling, seed))
+        asked = [request for part in everyone for request in part]
+        with vllm_adapter.process_settings_kept():
+            outputs = vllm_adapter.generate(
+                self.llm, [prompt for prompt, _ in asked], [settings for _, settings in asked]
+            )
+        first = sum(map(len, everyone[: self._place]))
+        return asked, outputs, slice(first, first + len(everyone[self._place]))
+
     def _completions(
         self, request: tuple[dict[str, Any], dict[str, Any]], output: Any, sampling: SamplingParams
     ) -> list[tuple[list[int], list[float | None] | None]]:
@@ -364,6 +373,14 @@ def _is_not_about_the_process_group(record: logging.LogRecord) -> bool:
 def _identity(prompt: Prompt) -> tuple[Any, ...]:
     """Rows with one prompt have its images in common, as objects."""
     return prompt.ids, [id(image) for image in prompt.images or ()]
+
+
+def _by_row(prompts: Sequence[Prompt | Sequence[int]], n: int, answers: list[list[Any]]) -> list[tuple[Prompt, Any]]:
+    """Each row's prompt with its answer, of the answers to runs of equal prompts; a greedy one is that of all rows."""
+    rows = [prompt for prompt in as_prompts(prompts) for _ in range(n)]
+    counts = [len(list(run)) for _, run in groupby(rows, key=_identity)]
+    found = [run[index % len(run)] for run, count in zip(answers, counts, strict=True) for index in range(count)]
+    return list(zip(rows, found, strict=True))
 
 
 def compute_dtype(model: nn.Module, accelerator: Accelerator) -> torch.dtype:
