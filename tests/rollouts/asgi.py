@@ -85,7 +85,7 @@ class FakeEngine:
         self.held_caches = 0  # so many times the prefix cache is not given up
         model_config = SimpleNamespace(hf_config=config, model="model", revision=None)
         transfer = SimpleNamespace(backend="nccl") if nccl else None
-        parallel_config = SimpleNamespace(world_size_across_dp=2, world_size=1)
+        parallel_config = SimpleNamespace(world_size_across_dp=2, world_size=1, data_parallel_size=1)
         self.vllm_config = SimpleNamespace(
             model_config=model_config, weight_transfer_config=transfer, parallel_config=parallel_config
         )
@@ -97,8 +97,8 @@ class FakeEngine:
             raise RuntimeError("out of memory")
         return [{"layer": [1.0]}]
 
-    async def reset_prefix_cache(self) -> bool:
-        self.calls.append(("reset_prefix_cache",))
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        self.calls.append(("reset_prefix_cache", *([True] if reset_running_requests else [])))
         self.held_caches -= 1
         return self.held_caches < 0
 

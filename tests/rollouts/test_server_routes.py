@@ -325,14 +325,23 @@ def test_a_failed_load_stops_generation_until_one_succeeds(server, engine):
 
 
 def test_a_cache_that_is_not_given_up_at_once(server, engine, monkeypatch):
+    """Requests that hold it are waited for, then put back; if nothing helps, nothing is answered from it."""
     engine.held_caches = 2
     server.push()
+    assert engine.calls[1:-1] == [("reset_prefix_cache",)] * 3
     monkeypatch.setattr(served_weights, "_CACHE_SECONDS", 0.1)
     engine.held_caches = 10**6
     reply = server("POST", f"/trl/weights/{server.send()}/commit")
     assert reply.status == 500
     assert "prefix cache" in reply.json["error"]["message"]
+    assert engine.calls[-1] == ("reset_prefix_cache", True)
     assert not server.weights.are_whole
+
+
+def test_caches_of_several_engines_are_forced_to_go(server, engine):
+    engine.vllm_config.parallel_config.data_parallel_size = 2
+    server.push()
+    assert engine.calls[1:] == [("reset_prefix_cache", True), ("reset_encoder_cache",)]
 
 
 def test_an_update_can_be_dropped(server):
@@ -524,3 +533,4 @@ def test_a_paused_engines_requests_are_not_waited_for(nccl_server):
     waited, running = server.run(run())
     assert waited.status == 503
     assert running.headers["trl-weights"].endswith(":0")
+    assert ("reset_prefix_cache", True) in server.engine.calls  # what it had computed is of the old weights

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 LOAD_SECONDS = 1800.0
 """Longest time that workers may take to load an update."""
-_CACHE_SECONDS = 10.0
+_CACHE_SECONDS = 5.0
 _RETRY_SECONDS = 5
 
 
@@ -150,12 +150,16 @@ class ServedWeights:
 
     async def _forget_caches(self) -> None:
         """Keys and values, and embeddings of images, are those of the old weights."""
+        # Requests inside a paused engine begin anew with the new weights. And where there are several engines, what is
+        # answered is the first one's word only, so nothing is left to their state.
+        forced = self.gate.running > 0 or self.engine.vllm_config.parallel_config.data_parallel_size > 1
         deadline = asyncio.get_running_loop().time() + _CACHE_SECONDS
         # Requests that were given up leave the engine a little later, and hold their blocks until then.
-        while not await self.engine.reset_prefix_cache():
-            if asyncio.get_running_loop().time() > deadline:
+        while not await self.engine.reset_prefix_cache(forced):
+            if forced:
                 raise RuntimeError("the engine did not give up its prefix cache")
             await asyncio.sleep(0.1)
+            forced = asyncio.get_running_loop().time() > deadline
         if hasattr(self.engine, "reset_encoder_cache"):
             await self.engine.reset_encoder_cache()
 
