@@ -54,14 +54,29 @@ def test_liger_needs_a_version(monkeypatch, version, enough):
 
 
 @pytest.mark.parametrize(
-    ("version", "warns"), [("0.21.0", True), ("0.22.0", False), ("0.31.0+cu129", False), ("0.32.0", True)]
+    ("version", "warns"),
+    [
+        ("0.21.9", True),
+        ("0.22.0rc1", True),
+        ("0.22.0", False),
+        ("0.31.0+cu129", False),
+        ("0.32.0+cpu", False),
+        ("0.32.7", False),
+        ("0.33.0", True),
+        ("0.33.0rc1", True),
+        ("1.0", True),
+    ],
 )
 def test_vllm_version_range(monkeypatch, version, warns):
+    """From the oldest version to the last patch of the newest minor one; the warning says what to install."""
     _pretend_installed(monkeypatch, version)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert is_vllm_available()
     assert bool(caught) is warns
+    if warns:
+        assert f"vLLM {version} is installed" in str(caught[0].message)
+        assert 'pip install "vllm>=0.22.0,<0.33"' in str(caught[0].message)
 
 
 def test_vllm_min_version(monkeypatch):

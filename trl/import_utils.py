@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from packaging.version import Version
 
 LIGER_KERNEL_MIN_VERSION = "0.8.2"
+# The oldest whose settings and weight updates have the form that is used, and the one that is tested, in any patch.
 VLLM_MIN_VERSION = "0.22.0"
-VLLM_MAX_VERSION = "0.31.0"
+VLLM_MAX_VERSION = "0.32"
 
 
 class TRLExperimentalWarning(UserWarning):
@@ -156,10 +157,11 @@ def is_vllm_available(min_version: str | None = None) -> bool:
         return False
     if version != "N/A":
         release = Version(Version(version).public)  # without a local suffix such as +cu128
-        if not Version(VLLM_MIN_VERSION) <= release <= Version(VLLM_MAX_VERSION):
+        newest = Version(VLLM_MAX_VERSION)
+        if release < Version(VLLM_MIN_VERSION) or release.release[:2] > newest.release[:2]:
             warnings.warn(
-                f"vLLM {version} is installed; versions {VLLM_MIN_VERSION} to {VLLM_MAX_VERSION} are supported. "
-                f'Others may fail: `pip install "vllm>={VLLM_MIN_VERSION},<={VLLM_MAX_VERSION}"`.',
+                f"vLLM {version} is installed; versions {VLLM_MIN_VERSION} to {VLLM_MAX_VERSION} are supported. Others "
+                f'may fail: `pip install "vllm>={VLLM_MIN_VERSION},<{newest.major}.{newest.minor + 1}"`.',
                 stacklevel=2,
             )
     return min_version is None or _is_at_least(version, min_version)
