@@ -34,12 +34,12 @@ def processor():
     return processor
 
 
-def build_llava(processor):
+def build_llava(processor, **settings):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, **settings}
     text = LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
+        vocab_size=512, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=512, **sizes
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14

@@ -7,9 +7,13 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 
 from trl.rollouts import vllm_adapter, vllm_colocate
 
+from ..conftest import build_tokenizer
+from ..data.vision_helpers import build_image, build_processor
+from ..rollouts.test_image_prompts import TEMPLATE, build_llava
 from .grpo_helpers import Counter, look_up
 from .test_resume import weights_of
 from .vllm_helpers import COUNTS, LOOKS_UP, build_policy, logged, make_tool_trainer, make_vllm_trainer
@@ -159,8 +163,6 @@ def test_a_resumed_run_samples_and_learns_the_same(tmp_path, lora):
     }  # fmt: skip
 
     def make(folder):
-        from datasets import Dataset
-
         sampled = []
         torch.manual_seed(1)  # of the adapter's first weights
         own = {**settings, "eval_dataset": Dataset.from_list(settings["eval_dataset"])}
@@ -188,8 +190,6 @@ def test_a_resumed_run_samples_and_learns_the_same(tmp_path, lora):
 
 
 def test_evaluation_greedy_and_at_the_temperature_of_training(tmp_path):
-    from datasets import Dataset
-
     data = Dataset.from_list([{"prompt": "the sea"}, {"prompt": "the sky"}])
     seen = []
 
@@ -273,3 +273,52 @@ def test_environments_are_acted_in(tmp_path):
     trainer.train()
     assert len(logged(trainer, "rewards/Counter/mean")) == 2
     assert logged(trainer, "tools/call_frequency") == [1.0, 1.0]
+
+
+def test_transformers_code_in_the_engine_leaves_the_trainers_alone(tmp_path):
+    """vLLM compiles Transformers' classes; the trainer's model and those made later are of them, too."""
+    trainer = make_vllm_trainer(tmp_path, max_steps=2, vllm_model_impl="transformers", gradient_checkpointing=True)
+    with torch.no_grad():
+        assert build_policy()(torch.arange(8)[None]).logits.isfinite().all()
+    calls = []
+    trainer.model.model.register_forward_hook(lambda *args: calls.append(1))
+    trainer.train()
+    assert calls  # a module whose class was changed would pass its hooks by
+    assert max(logged(trainer, DIFFERENCE)) <= 1e-4
+
+
+def test_images_reach_the_engine(tmp_path):
+    """Log-probs depend on the image, and agree; after an update no embedding of an image is left from before."""
+    processor = build_processor(build_tokenizer())
+    processor.chat_template = TEMPLATE
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = build_llava(processor, **sizes)
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data *= 20
+    images = [build_image((240, 0, 0)), build_image((0, 0, 240))]
+    data = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": "what is this?"}], "images": [image]} for image in images * 2]
+    )
+    # vLLM's own Llava code imports torchvision, which has no CPU build.
+    trainer = make_vllm_trainer(
+        tmp_path, model=model, tokenizer=processor, data=data, rewards=lambda completions, **kwargs: [
+            float(index % 3) for index in range(len(completions))
+        ], max_steps=3, per_device_train_batch_size=4, num_generations=2, vllm_model_impl="transformers",
+    )  # fmt: skip
+    batches, score = [], trainer._score_before_update
+
+    def keep(policy, micro_batches):
+        score(policy, micro_batches)
+        batches.extend(
+            {name: batch[name].clone() for name in ("old_logps", "rollout_logps")} for batch in micro_batches
+        )
+        for batch in micro_batches:
+            batch = {**batch, "image_inputs": batch["image_inputs"][::-1]}
+            batches[-1]["swapped"] = trainer.score_completions(policy, batch).logps.detach()
+
+    trainer._score_before_update = keep
+    trainer.train()
+    assert len(batches) == 3
+    for batch in batches:
+        torch.testing.assert_close(batch["old_logps"], batch["rollout_logps"], atol=1e-4, rtol=0)
+    assert max((batch["old_logps"] - batch["swapped"]).abs().max() for batch in batches) > 1e-2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,11 +45,12 @@ def require_vllm() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_engine(**settings: Any) -> LLM:
+def make_engine(trained: nn.Module, /, **settings: Any) -> LLM:
     """
     A vLLM engine in this process.
 
     Args:
+        trained: the trainer's model, whose classes vLLM is to leave as they are.
         settings: of `vllm.LLM`; those whose value is None are left to vLLM.
     """
     # Read when the engine is built: one process, so that weights can be handed over as tensors.
@@ -59,9 +60,47 @@ def make_engine(**settings: Any) -> LLM:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM
 
-    engine = LLM(**{name: value for name, value in settings.items() if value is not None})
+    with _classes_kept(trained) as move_changes:
+        engine = LLM(**{name: value for name, value in settings.items() if value is not None})
+        engine.apply_model(move_changes)
     gc.unfreeze()  # vLLM puts all that exists out of the collector's sight, trainers that are dropped later included
     return engine
+
+
+@contextlib.contextmanager
+def _classes_kept(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
+    """
+    Keep the classes of a model's modules.
+
+    With `model_impl="transformers"` vLLM changes Transformers' own class of the decoder, so that its instances are
+    compiled. The trainer's model is such an instance, made before, and would fail; others made later would, too. What is
+    yielded moves the changes to the modules of vLLM's model alone.
+    """
+    names = ("__init__", "__call__")
+    classes = {type(module) for module in model.modules()}
+    before = {cls: (cls.__bases__, {name: cls.__dict__.get(name) for name in names}) for cls in classes}
+
+    def move_changes(engine_model: nn.Module) -> None:
+        for cls, (bases, _) in before.items():
+            if cls.__bases__ == bases:
+                continue
+            own = {name: cls.__dict__[name] for name in names if name in cls.__dict__}
+            changed = type(cls.__name__, (cls, *(base for base in cls.__bases__ if base not in bases)), own)
+            for module in engine_model.modules():
+                if type(module) is cls:
+                    module.__class__ = changed
+
+    try:
+        yield move_changes
+    finally:
+        for cls, (bases, methods) in before.items():
+            if cls.__bases__ != bases:
+                cls.__bases__ = bases
+                for name, method in methods.items():
+                    if method is not None:
+                        setattr(cls, name, method)
+                    elif name in cls.__dict__:
+                        delattr(cls, name)
 
 
 def sampling_params(settings: Mapping[str, Any]) -> Any:
@@ -73,6 +112,8 @@ def sampling_params(settings: Mapping[str, Any]) -> Any:
     structured = settings.get("structured_outputs")
     if isinstance(structured, Mapping):
         settings["structured_outputs"] = StructuredOutputsParams(**structured)
+    if settings.get("logit_bias"):
+        settings["logit_bias"] = {int(token): bias for token, bias in settings["logit_bias"].items()}
     settings.setdefault("detokenize", bool(settings.get("stop")))
     return SamplingParams(**settings)
 
@@ -111,7 +152,12 @@ def update_weights(engine: LLM, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def reset_caches(engine: LLM) -> None:
-    """Forget the keys and values of prompts: they are those of the old weights."""
+    """
+    Forget the keys and values of prompts and the embeddings of images: they are those of the old weights. The processed
+    images too, for the worker has forgotten its copies of them.
+    """
+    engine.reset_mm_cache()
+    engine.llm_engine.reset_encoder_cache()
     if not engine.reset_prefix_cache():
         raise RuntimeError(
             "vLLM did not give up its prefix cache, which holds keys and values of the old weights: requests are still "

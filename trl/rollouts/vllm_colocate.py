@@ -95,6 +95,7 @@ class VLLMColocateEngine:
         self.tensor_parallel_size = tensor_parallel_size
         self.enable_sleep_mode = enable_sleep_mode and _can_sleep(accelerator)
         self.verify = verify
+        self._image_token_id = getattr(processing_class, "image_token_id", None)
         inner = base_model_of(accelerator.unwrap_model(model))
         _check_quantization(inner)
         self.dtype = dtype or compute_dtype(inner, accelerator)
@@ -133,7 +134,6 @@ class VLLMColocateEngine:
             self, _end_engine, self.llm, not was_initialized, self._folder
         )  # at the latest when the process ends
         self._scale, self._tells_logps = self._prepare_logps(sampling, mode)
-        self._image_token_id = getattr(processing_class, "image_token_id", None)
         special = [] if self._image_token_id is None else [self._image_token_id]
         self._probe = make_probe(
             inner, [compute_dtype(inner, accelerator), self.dtype], special, 1 / self._scale, self.max_model_length
@@ -228,7 +228,9 @@ class VLLMColocateEngine:
         if mode == "processed_logprobs" or sampling.temperature in (0, 1):
             return 1.0, True
         shaping = shaping_settings(self._request(sampling, 1))
-        added_to_logits = {"presence_penalty", "frequency_penalty", "logit_bias"} & set(shaping)
+        # (The bias against placeholders is as good as infinite, at any temperature.)
+        own = shaping_settings(sampling.generation_kwargs)
+        added_to_logits = {"presence_penalty", "frequency_penalty", "logit_bias"} & set(own)
         if not added_to_logits and vllm_adapter.scale_logits(self.llm, 1 / sampling.temperature):
             return 1 / sampling.temperature, True
         if sampling.with_logps and self.accelerator.is_main_process:
@@ -247,6 +249,7 @@ class VLLMColocateEngine:
             max_tokens=max_tokens,
             stop_token_ids=self.eos_token_ids,
             structured_outputs_regex=self.structured_outputs_regex,
+            never=[] if self._image_token_id is None else [self._image_token_id],
         )
 
     def _requests(

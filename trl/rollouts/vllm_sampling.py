@@ -20,6 +20,9 @@ from .types import SamplingParams
 
 LogpsMode = Literal["processed_logprobs", "raw_logprobs"]
 
+LEAST_BIAS = -100.0
+"""What vLLM takes as the least that is added to a logit."""
+
 # Settings besides the temperature under which not every token is drawn with its softmax probability, and their values
 # that change nothing.
 _SHAPING = {
@@ -43,6 +46,7 @@ def request_settings(
     max_tokens: int | None = None,
     stop_token_ids: Iterable[int] = (),
     structured_outputs_regex: str | None = None,
+    never: Iterable[int] = (),
 ) -> dict[str, Any]:
     """
     A request's sampling settings, as `vllm.SamplingParams` and the server's routes name them; plain JSON.
@@ -53,6 +57,7 @@ def request_settings(
         stop_token_ids: tokens that end a completion; the token itself is kept.
         structured_outputs_regex: regular expression that completions match. Wins over `structured_outputs` among the
             generation settings, with a warning.
+        never: tokens that are not sampled, such as the placeholder of an image that is not there.
     """
     settings = {
         "temperature": sampling.temperature,
@@ -66,6 +71,8 @@ def request_settings(
         "logprobs": 0 if sampling.with_logps else None,
     }
     settings.update(sampling.generation_kwargs)
+    if suppressed := {str(token): LEAST_BIAS for token in never}:
+        settings["logit_bias"] = {**(settings.get("logit_bias") or {}), **suppressed}
     if structured_outputs_regex is not None:
         if "structured_outputs" in sampling.generation_kwargs:
             warnings.warn(
