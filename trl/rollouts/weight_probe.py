@@ -228,6 +228,7 @@ def compare_fingerprints(own: Mapping[str, tuple[float, float]], engine: Fingerp
             continue  # under other names on the two sides: the probe covers it
         expected = [sum(part[index] for part in parts) for index in range(2)]
         scale = math.sqrt(expected[1]) + 1e-6
-        if abs(total - expected[0]) > tolerance * scale or abs(squares - expected[1]) > tolerance * scale**2:
+        near = abs(total - expected[0]) <= tolerance * scale and abs(squares - expected[1]) <= tolerance * scale**2
+        if not near:  # nor is what is no number
             wrong.append(names)
     return wrong
