@@ -311,6 +311,18 @@ def make(**options):
     return VLLMServerEngine(accelerator, urls=[url], timeout=5.0, group_port=51216, eos_token_ids=[2], pad_token_id=3,
                             request_timeout=5.0, verify="off", **options)
 
+def walked_to_the_end():
+    # Grows by one whenever a process went through all weights.
+    import trl.rollouts.vllm_server_engine as module
+    walks, whole = [], module.iter_weights
+
+    def counted(*arguments):
+        yield from whole(*arguments)
+        walks.append(True)
+
+    module.iter_weights = counted
+    return walks
+
 engine = make()
 """
 
@@ -321,9 +333,10 @@ def test_two_processes_get_their_own_parts(fake):
         prompts = [[4, 5], [6]] if rank == 0 else [[6], [7], [7]]   # a group spans the processes
         rollouts = engine.generate(prompts, SamplingParams(max_completion_length=8, seed=3, with_logps=True))
         none = engine.generate([] if rank == 0 else [[8]], SamplingParams(seed=3))
+        walks = walked_to_the_end()
         engine.update_weights(build_model(seed=rank))
         print(json.dumps([[rollout.prompt_ids, rollout.completion_ids, rollout.sampled_logps[0]] for rollout in rollouts]))
-        print(json.dumps([engine.max_model_length, len(none)]))
+        print(json.dumps([engine.max_model_length, len(none), len(walks)]))
     """)
     outputs = [output.strip().splitlines()[-2:] for output in run_on_two_processes(script, fake.url)]
     seeds = request_seeds(3, 3)
@@ -332,7 +345,7 @@ def test_two_processes_get_their_own_parts(fake):
             [[7], completion_of([7], seeds[2], 1, 8)]]  # fmt: skip
     rows = [[prompt, ids, -ids[0] / 100] for prompt, ids in rows]
     assert [json.loads(output[0]) for output in outputs] == [rows[:2], rows[2:]]
-    assert [json.loads(output[1]) for output in outputs] == [[64, 0], [64, 1]]
+    assert [json.loads(output[1]) for output in outputs] == [[64, 0, 1], [64, 1, 1]]
     assert sorted((body["prompt"], body["n"]) for body in completions(fake)) == [
         ([4, 5], 1),
         ([6], 2),
@@ -346,18 +359,24 @@ def test_two_processes_get_their_own_parts(fake):
 
 def test_a_failure_ends_both_processes(fake):
     script = TWO + textwrap.dedent("""
-        for prompt in ([4] * 99, [4]):
+        walks = walked_to_the_end()
+        for fail in (lambda: engine.generate([[4] * 99], SamplingParams()), lambda: engine.generate([[4]], SamplingParams()),
+                     lambda: engine.update_weights(build_model())):
             try:
-                engine.generate([prompt], SamplingParams())
+                fail()
             except Exception as error:
                 print(type(error).__name__, str(error)[:80].replace(url, "URL"))
+        print(len(walks))
     """)
     fake.fail("/v1/completions", 400)
-    outputs = [output.strip().splitlines()[-2:] for output in run_on_two_processes(script, fake.url)]
+    fake.fail("/trl/weights/token", 400)
+    outputs = [output.strip().splitlines()[-4:] for output in run_on_two_processes(script, fake.url)]
     assert outputs[0][0].startswith("ValueError A prompt of 99 tokens leaves no room")
     assert outputs[1][0].startswith("RuntimeError The main process ended with ValueError: A prompt")
     assert outputs[0][1].startswith("RuntimeError URL answered 400")
     assert outputs[1][1].startswith("RuntimeError The main process ended with RuntimeError: URL")
+    assert outputs[1][2].startswith("RuntimeError The main process ended with ServerError: URL answered 400")
+    assert [output[3] for output in outputs] == ["1", "1"], "shards are gathered to the end, also after an error"
 
 
 def test_a_restart_is_mended_by_both_processes(fake):
@@ -442,15 +461,14 @@ def shift(model, scale=0.05):
                 parameter.add_(scale * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_agree_after_1_and_10_updates(real_engine, model, temperature):
+@pytest.mark.parametrize(("temperature", "updates"), [(1.0, 50), (0.7, 1)])
+def test_log_probs_agree_after_1_10_and_50_updates(real_engine, model, temperature, updates):
     sampling = SamplingParams(max_completion_length=16, temperature=temperature, n=2, with_logps=True)
-    torch.manual_seed(0)
-    for update in range(1, 11):
-        shift(model)
-        real_engine.verify = "full" if update in (1, 10) else "off"
+    for update in range(1, updates + 1):
+        shift(model, 0.01)
+        real_engine.verify = "full" if update in (1, 10, 50) else "off"
         real_engine.update_weights(model)
-        if update in (1, 2, 10):
+        if update in (1, 10, 50):
             assert largest_difference(model, real_engine.generate(PROMPTS, sampling), temperature) < 1e-4
 
 
@@ -482,20 +500,29 @@ def test_up_to_the_end_of_the_context(real_engine):
     assert rollout.is_truncated == (EOS not in rollout.completion_ids)
 
 
-@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["embed_tokens", "q_proj"]])
-def test_adapters_are_sampled_with_and_the_base_is_left_alone(real_engine, model, modules):
+def test_adapters_are_sampled_with_and_the_base_is_left_alone(real_engine, model):
     from peft import LoraConfig, get_peft_model
 
-    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
-    before = {name: tensor.clone() for name, tensor in peft_model.state_dict().items()}
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft_model = get_peft_model(model, config)
+    base = {name: tensor.clone() for name, tensor in peft_model.state_dict().items() if "lora_" not in name}
     sampling = SamplingParams(max_completion_length=16, n=2, with_logps=True, seed=2)
-    if "embed_tokens" in modules:  # the head is no longer the embeddings, and this server's model has no other
-        with pytest.raises(RuntimeError, match="lm_head.weight"):
-            real_engine.update_weights(peft_model)
-    else:
+    for update in range(1, 11):
+        shift(peft_model)
+        real_engine.verify = "probe" if update in (1, 10) else "off"
         real_engine.update_weights(peft_model)
-        assert largest_difference(peft_model, real_engine.generate(PROMPTS, sampling)) < 1e-4
-    assert all(torch.equal(before[name], tensor) for name, tensor in peft_model.state_dict().items())
+        if update in (1, 10):
+            assert largest_difference(peft_model, real_engine.generate(PROMPTS, sampling)) < 1e-4
+    assert all(torch.equal(base[name], peft_model.state_dict()[name]) for name in base)
+
+
+def test_an_adapter_that_unties_the_head_is_refused(real_engine, model):
+    """This server's model has no head of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    with pytest.raises(RuntimeError, match="lm_head.weight.*tie_word_embeddings=False"):
+        real_engine.update_weights(peft_model)
 
 
 def test_two_trainers_on_one_server(real_engine, model, server):
