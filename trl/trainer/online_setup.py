@@ -38,6 +38,7 @@ from ..rollouts.transformers_engine import (
     make_generation_config,
     stop_token_ids,
 )
+from ..rollouts.vllm_generation import VLLMGeneration
 from .base_trainer import AnyDataset, EvalDatasets, _BaseTrainer
 from .online_config import _OnlineConfig
 from .online_data import check_prompts, check_reward_columns, placeholder_rows, rows_of_batch
@@ -160,6 +161,10 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
         self.eos_token_ids = stop_token_ids(model, inner_tokenizer(processing_class))
         self.environments = environments
         self.rollouts = RolloutMaker(self._make_conversations(has_images, tools, environments), rollout_func, self)
+        # vLLM as rollout functions use it.
+        self.vllm_generation: VLLMGeneration | None = None
+        if args.use_vllm:
+            self.vllm_generation = VLLMGeneration.around(self.rollouts.engine, self.model, sampling_params(args))
         self._forget_rollouts()
         self.completions_log = self._make_completions_log() if args.log_completions else None
         # What is sampled has to differ between processes; everything before was to be alike.
@@ -280,7 +285,6 @@ class OnlineSetup(ReferenceMixin, StepCountsMixin, _BaseTrainer):
         self.num_generations_eval = args.num_generations_eval or args.num_generations
         self.epsilon_low, self.epsilon_high = self.loss_options.epsilon, self.loss_options.upper_epsilon
         self.continuous_batching_config = args.transformers_continuous_batching_config
-        self.vllm_generation = None
         self._micro_steps_per_generation = args.steps_per_generation * args.num_iterations
 
     @property
