@@ -204,13 +204,27 @@ def close(engine: LLM, owns_process_group: bool) -> None:
         engine: is not used afterwards.
         owns_process_group: whether vLLM made the process group; the trainer's is left alone.
     """
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    engine.llm_engine.engine_core.shutdown()
-    if owns_process_group:
+    with contextlib.nullcontext() if owns_process_group else _default_group_kept():
+        engine.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
-    else:
-        destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """An engine that ends destroys the process's default group, whoever made it; in the block its own groups alone."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_others(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_others
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 @contextlib.contextmanager
