@@ -23,11 +23,11 @@ PAD = 3
 
 def make_engine(*urls, verify="off", **options):
     settings = {
-        "timeout": 10.0,
+        "timeout": 30.0,
         "group_port": 51216,
         "eos_token_ids": [EOS],
         "pad_token_id": PAD,
-        "request_timeout": 10.0,
+        "request_timeout": 30.0,
     }
     return VLLMServerEngine(Accelerator(cpu=True), urls=list(urls), verify=verify, **{**settings, **options})
 
@@ -308,8 +308,8 @@ if rank == 1:
     requests.Session.request = None
 
 def make(**options):
-    return VLLMServerEngine(accelerator, urls=[url], timeout=5.0, group_port=51216, eos_token_ids=[2], pad_token_id=3,
-                            request_timeout=5.0, verify="off", **options)
+    return VLLMServerEngine(accelerator, urls=[url], timeout=30.0, group_port=51216, eos_token_ids=[2], pad_token_id=3,
+                            request_timeout=30.0, verify="off", **options)
 
 def walked_to_the_end():
     # Grows by one whenever a process went through all weights.
