@@ -142,6 +142,13 @@ def test_another_trainers_weights_are_no_policy_of_ours(fake, engine):
         engine.update_weights(build_model())
 
 
+def test_another_trainer_takes_a_server_that_got_nothing_from_here(fake, engine):
+    engine.generate(PROMPTS, SAMPLING)
+    fake.updates, fake.owner = 1, "elsewhere:17:abc"
+    with pytest.raises(RuntimeError, match="another trainer"):
+        engine.generate(PROMPTS, SAMPLING)
+
+
 def test_an_own_update_that_came_late_is_made_anew(fake, engine):
     engine.update_weights(build_model())
     fake.updates = 2
