@@ -92,6 +92,15 @@ def parse_training(folder: str, args: list[str]) -> str:
     return model_args.model_name_or_path
 
 
+def parse_serving(args: list[str]) -> str:
+    """Parse a `trl vllm-serve` command, and make vLLM's own of it; the model's name."""
+    from trl.scripts.vllm_serve import build_command, read_arguments
+
+    script_args, rest = read_arguments(args)
+    assert script_args.model in build_command(script_args, rest)
+    return script_args.model
+
+
 def run_trl(folder: str, args: list[str]) -> tuple[int, str]:
     """Run the `trl` command in this process; exit code and output."""
     from trl.cli import main
@@ -240,6 +249,8 @@ def test_commands_are_right(page, folder, worker):
             check_extras(args[-1])
         elif program == "trl" and args[0] in METHODS:
             assert worker(parse_training, str(folder), args) == MODEL, command
+        elif program == "trl" and args[0] == "vllm-serve":
+            assert worker(parse_serving, args[1:]) == MODEL, command
         elif program == "trl" and args[0] in ("preview", "env"):
             code, output = worker(run_trl, str(folder), args)
             assert code == 0, output
@@ -284,7 +295,8 @@ def test_every_option_of_online_training_is_explained(method):
         if not name.startswith("_")
     }
     assert len(declared) > 40
-    pages = explained("grpo.md") if method == "GRPO" else explained("grpo.md") | explained("rloo.md")
+    pages = explained("grpo.md") | explained("vllm.md")
+    pages |= explained("rloo.md") if method == "RLOO" else set()
     assert declared - pages - {"remove_unused_columns"} == set()
 
 
