@@ -4,6 +4,7 @@ import json
 import math
 import textwrap
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,14 @@ def test_shaped_sampling_is_scored_without_the_shaping(fake, engine):
     assert scored["prompt_logprobs"] == 0
     for rollout in rollouts:
         assert rollout.sampled_logps == [-token / 1000 for token in rollout.completion_ids]
+
+
+def test_what_a_grammar_shaped_is_scored_even_where_raw_log_probs_are_told(fake, engine):
+    engine._servers[0].info = replace(engine._servers[0].info, logprobs_mode="raw_logprobs")
+    structured = {"structured_outputs": {"regex": "a"}}
+    [rollout] = engine.generate([[4, 5]], SamplingParams(with_logps=True, generation_kwargs=structured))
+    assert completions(fake)[-1]["prompt"] == [[4, 5, *rollout.completion_ids]]
+    assert completions(fake)[-1]["prompt_logprobs"] == 0
 
 
 def test_shaped_sampling_at_another_temperature_has_no_logprobs(engine):

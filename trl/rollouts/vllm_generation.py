@@ -24,8 +24,6 @@ from .vllm_server_engine import VLLMServerEngine
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
-    from ..reports.profiling import ProfilingContext
-
 Logprobs = list[list[list[float | None]]]
 TokenIds = list[list[list[int]]]
 
@@ -210,7 +208,7 @@ class VLLMGeneration:
         prompts: list[list[int]],
         images: list[list | None] | None,
         num_generations: int,
-        profiler: ProfilingContext | None = None,
+        profiler: contextlib.AbstractContextManager | None = None,
     ) -> tuple[list[list[int]], list[list[int]], Logprobs | None, TokenIds | None]:
         """
         A completion for each prompt. All processes call this together.

@@ -29,7 +29,7 @@ from .vllm_adapter import TESTED_VERSIONS
 from .vllm_colocate import compute_dtype
 from .vllm_http import ServerError, ServerLost, in_parallel, server_url
 from .vllm_requests import CompletionRequest, Server, StaleWeights, is_greedy, plan_requests
-from .vllm_sampling import draw_seed, logps_mode, request_settings
+from .vllm_sampling import LEAST_BIAS, draw_seed, logps_mode, request_settings
 from .vllm_transport import new_owner
 from .weight_probe import VERIFY_LEVELS, VerifyLevel, make_probe, verify_weights
 
@@ -315,6 +315,9 @@ class VLLMServerEngine:
         rescore, tells = self._logps_source(settings, sampling, any(images for (_, images), _ in runs))
         if not tells:
             settings["logprobs"] = None
+        if self.image_token_id is not None:  # the policy must not write a placeholder for an image that is not there
+            suppressed = {str(self.image_token_id): LEAST_BIAS}
+            settings["logit_bias"] = {**(settings.get("logit_bias") or {}), **suppressed}
         return plan_requests(
             runs,
             settings,
@@ -331,7 +334,9 @@ class VLLMServerEngine:
             return False, True
         wanted = logps_mode(settings)
         modes = {server.info.logprobs_mode or "raw_logprobs" for server in self._servers}
-        if modes == {wanted} and (wanted == "processed_logprobs" or settings["temperature"] == 1):
+        # What a grammar forbids is gone before vLLM takes even raw log-probs.
+        is_told = settings.get("structured_outputs") is None
+        if modes == {wanted} and is_told and (wanted == "processed_logprobs" or settings["temperature"] == 1):
             return False, True
         if wanted == "processed_logprobs":
             if settings["temperature"] != 1:

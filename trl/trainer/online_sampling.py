@@ -25,6 +25,7 @@ from ..rollouts.types import Rollout, RolloutEngine, SamplingParams
 from ..rollouts.user_rollouts import rollouts_of_user_function
 from ..rollouts.vllm_adapter import require_vllm
 from ..rollouts.vllm_colocate import VLLMColocateEngine
+from ..rollouts.vllm_http import server_url
 from ..rollouts.vllm_server_engine import VLLMServerEngine
 from .online_config import _OnlineConfig
 
@@ -121,8 +122,8 @@ def _make_vllm_engine(
 ) -> RolloutEngine:
     settings.update(verify=args.vllm_verify, structured_outputs_regex=args.vllm_structured_outputs_regex)
     if args.vllm_mode == "server":
-        host = f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        urls = [url.strip() for url in (args.vllm_server_base_url or host).split(",") if url.strip()]
+        given = args.vllm_server_base_url or server_url(None, args.vllm_server_host, args.vllm_server_port)
+        urls = [url.strip() for url in given.split(",") if url.strip()]
         return VLLMServerEngine(
             accelerator,
             urls=urls,
