@@ -415,7 +415,8 @@ def _save_description(model: nn.Module, processing_class: ProcessingClass, folde
         part.tie_word_embeddings = has_tied_head(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.architectures = config.architectures or [type(model).__name__]
+    # FSDP2 makes a class of its own of a model's.
+    config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
