@@ -6,6 +6,7 @@ import json
 import random
 import re
 import weakref
+from pathlib import Path
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import build_model, build_tokenizer
+from tests.two_processes import run_on_two_processes
 
 pytest.importorskip("vllm")
 
@@ -594,3 +596,86 @@ def test_eight_bits_are_refused():
 def test_processes_that_cannot_share_an_engine():
     with pytest.raises(ValueError, match=r"must divide the number of processes, 1.*\"server\""):
         make_engine(make_model(True), build_tokenizer(), tensor_parallel_size=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from tests.conftest import build_model, build_tokenizer
+from tests.two_processes import run_on_two_processes
+from trl.models.distributed import prepare_fsdp
+from trl.rollouts.types import SamplingParams
+from trl.rollouts.vllm_colocate import VLLMColocateEngine
+
+size, sharded = int(sys.argv[1]), sys.argv[2] == "sharded"
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+rank, tokenizer = accelerator.process_index, build_tokenizer()
+
+
+def build(seed):
+    return build_model(tie_word_embeddings=True, seed=seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
+
+
+def prepare(model):
+    if not sharded:
+        return accelerator.prepare(model)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"])
+    model = prepare_fsdp(model, accelerator)
+    assert any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return model
+
+
+def check(plain, prompts):
+    rollouts = engine.generate(prompts, sampling)
+    assert [rollout.prompt_ids for rollout in rollouts] == prompts
+    for rollout in rollouts:
+        ids, start = rollout.prompt_ids + rollout.completion_ids, len(rollout.prompt_ids)
+        with torch.no_grad():
+            logps = torch.log_softmax(plain.eval()(torch.tensor([ids])).logits[0] / 0.8, -1)
+        expected = logps[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+        assert (torch.tensor(rollout.sampled_logps) - expected).abs().max() < 1e-4
+    return [rollout.completion_ids for rollout in rollouts]
+
+
+sampling = SamplingParams(max_completion_length=6, with_logps=True, temperature=0.8)
+engine = VLLMColocateEngine(prepare(build(0)), accelerator, tokenizer, sampling=sampling, pad_token_id=3,
+    eos_token_ids=[tokenizer.eos_token_id], tensor_parallel_size=size, max_model_length=64, max_num_seqs=8)
+from vllm.distributed import get_tensor_model_parallel_world_size
+assert get_tensor_model_parallel_world_size() == size
+
+# another number of prompts on each process, the same one twice on both
+prompts = [[5, 6, 7], [5, 6, 7]] if rank == 0 else [[8, 9], [5, 6, 7], [30, 31]]
+for seed in (0, 1):
+    engine.update_weights(prepare(build(seed)))
+    torch.manual_seed(7)
+    found = check(build(seed), prompts)
+    torch.manual_seed(7)
+    assert check(build(seed), prompts) == found
+everyone = [None, None]
+torch.distributed.all_gather_object(everyone, found)
+assert len({tuple(ids) for part in everyone for ids in part}) == 5  # no two processes draw the same numbers
+engine.close()
+total = torch.ones(1)
+torch.distributed.all_reduce(total)
+assert total.item() == 2  # the trainer's group is still there
+print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "model"), [(1, "whole"), (2, "whole"), (2, "sharded")])
+def test_on_two_processes(size, model):
+    """An engine for each process, or one cut over both: each gets completions of its own prompts, by whole weights."""
+    try:
+        outputs = run_on_two_processes(_TWO_PROCESSES, str(size), model, seconds=300)
+    finally:
+        for left in Path("/dev/shm").glob("-tp:0-*cpushm_*"):  # by processes that end at once; the next run's name too
+            left.unlink()
+    assert all(output.strip().endswith("done") for output in outputs)
