@@ -1,15 +1,9 @@
-"""A real rollout server (`trl vllm-serve`) in processes of its own, and what a trainer does with one."""
+"""Requests to a real rollout server (`trl vllm-serve`), and what a trainer does with one."""
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +11,12 @@ from typing import Any
 import torch
 
 from tests.conftest import build_model, build_tokenizer
-from tests.two_processes import free_port
+from tests.rollouts.vllm_server_process import ServerProcess
 from trl.models.weight_export import iter_weights
 
-REPOSITORY = Path(__file__).parents[2]
 # vLLM's attention on a CPU wants heads of 32.
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 PROMPT = list(range(5, 25))
-START_SECONDS = 240
 REQUEST_SECONDS = 60
 
 
@@ -44,58 +36,8 @@ def save_served_model(folder: Path, tied: bool = True) -> str:
     return str(folder)
 
 
-class RolloutServer:
-    """
-    `trl vllm-serve` of a model in float32.
-
-    Args:
-        model: its folder.
-        folder: for the log and for weights on their way.
-        key: what requests have to carry, or None.
-        options: further options.
-    """
-
-    def __init__(self, model: str, folder: Path, key: str | None = "key-of-the-tests", options: tuple[str, ...] = ()):
-        self.model, self.key, self.port = model, key, free_port()
-        self.log, self.staging = folder / "server.log", folder / "staging"
-        self.staging.mkdir(exist_ok=True)
-        self._options = options
-        self._process: subprocess.Popen | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> RolloutServer:
-        """Start it, and wait until it is healthy. If that fails its log is shown."""
-        environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-        environment.update({"VLLM_API_KEY": self.key} if self.key else {})
-        environment |= {
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-            "TRL_SERVER_STAGING_DIR": str(self.staging),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        options = ["--model", self.model, "--port", str(self.port), "--dtype", "float32", "--enforce_eager"]
-        command = [sys.executable, "-m", "trl.cli", "vllm-serve", *options, "--max_model_len", "256", *self._options]
-        with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
-        try:
-            self._wait()
-        except BaseException:
-            self.kill()
-            raise
-        return self
-
-    def kill(self) -> None:
-        """End it and its children, as `kill -9` does."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(30)
-            self._process = None
+class RolloutServer(ServerProcess):
+    """A server process, asked request by request."""
 
     def show_log(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
@@ -106,13 +48,6 @@ class RolloutServer:
             return self.request("GET", "/health", key=None)[0] == 200
         except OSError:
             return False
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while not self.is_alive:
-            assert self._process.poll() is None, f"the server ended:\n{self.show_log()}"
-            assert time.monotonic() < deadline, f"the server did not get healthy:\n{self.show_log()}"
-            time.sleep(0.5)
 
     # ---- Requests ----
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from tests.conftest import build_model
-from trl.rollouts import nccl_routes, served_weights, vllm_server
+from trl.rollouts import nccl_routes, served_weights, vllm_adapter, vllm_server
 from trl.rollouts.served_weights import expected_weights
 from trl.rollouts.vllm_server import WeightRoutes
 
@@ -329,7 +329,7 @@ def test_a_cache_that_is_not_given_up_at_once(server, engine, monkeypatch):
     engine.held_caches = 2
     server.push()
     assert engine.calls[1:-1] == [("reset_prefix_cache",)] * 3
-    monkeypatch.setattr(served_weights, "_CACHE_SECONDS", 0.1)
+    monkeypatch.setattr(vllm_adapter, "_CACHE_SECONDS", 0.1)
     engine.held_caches = 10**6
     reply = server("POST", f"/trl/weights/{server.send()}/commit")
     assert reply.status == 500

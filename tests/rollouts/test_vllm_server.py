@@ -35,9 +35,13 @@ from .server_fuzz import Fuzzer
 def server(tmp_path_factory):
     """With a tied head and a key."""
     folder = tmp_path_factory.mktemp("server")
-    server = RolloutServer(save_served_model(folder / "model"), folder).start()
-    yield server
-    server.kill()
+    server = RolloutServer(save_served_model(folder / "model"), folder)
+    try:
+        server.start()
+        server.wait()
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture
@@ -423,8 +427,12 @@ def untied_server(tmp_path_factory):
     left.mkdir()
     (left / "lock").touch()
     (left / "000000.safetensors").write_bytes(bytes(1000))
-    yield server.start()
-    server.kill()
+    try:
+        server.start()
+        server.wait()
+        yield server
+    finally:
+        server.kill()
 
 
 def test_updates_of_an_untied_head(untied_server):

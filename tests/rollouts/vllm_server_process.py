@@ -22,12 +22,15 @@ class ServerProcess:
     """
     Args:
         model: folder of the model.
-        folder: for logs and caches.
+        folder: for logs, caches and weights on their way.
         options: further ones of `trl vllm-serve`.
+        key: what requests have to carry, or None.
     """
 
-    def __init__(self, model: str, folder: Path, *options: str):
-        self.model, self.folder, self.options = model, Path(folder), options
+    def __init__(self, model: str, folder: Path, *options: str, key: str | None = KEY):
+        self.model, self.folder, self.options, self.key = model, Path(folder), options, key
+        self.staging = self.folder / "staging"
+        self.staging.mkdir(exist_ok=True)
         self.port = free_port()
         self.log = self.folder / "server.log"
         self.process: subprocess.Popen | None = None
@@ -38,8 +41,9 @@ class ServerProcess:
 
     def start(self) -> None:
         environment = {
-            **os.environ,
-            "VLLM_API_KEY": KEY,
+            **{name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
+            **({"VLLM_API_KEY": self.key} if self.key else {}),
+            "TRL_SERVER_STAGING_DIR": str(self.staging),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",

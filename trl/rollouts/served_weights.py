@@ -20,6 +20,7 @@ import torch
 from transformers.utils import logging
 
 from .server_access import GateTimeout, GenerationGate, RequestError, ServerLimits
+from .vllm_adapter import reset_served_caches
 from .weight_staging import ExpectedWeight, WeightUpdate
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 LOAD_SECONDS = 1800.0
 """Longest time that workers may take to load an update."""
-_CACHE_SECONDS = 5.0
 _RETRY_SECONDS = 5
 
 
@@ -137,7 +137,7 @@ class ServedWeights:
         self.are_whole = False
         try:
             await asyncio.wait_for(work, LOAD_SECONDS)
-            await self._forget_caches()
+            await reset_served_caches(self.engine, self.gate.running > 0)
         except Exception as error:  # whatever it was: the weights may be half replaced
             logger.exception("Weights could not be loaded")
             reason = str(error)[:500] or type(error).__name__
@@ -147,21 +147,6 @@ class ServedWeights:
         self.updates += 1
         self.owner = owner
         self.are_whole = True
-
-    async def _forget_caches(self) -> None:
-        """Keys and values, and embeddings of images, are those of the old weights."""
-        # Requests inside a paused engine begin anew with the new weights. And where there are several engines, what is
-        # answered is the first one's word only, so nothing is left to their state.
-        forced = self.gate.running > 0 or self.engine.vllm_config.parallel_config.data_parallel_size > 1
-        deadline = asyncio.get_running_loop().time() + _CACHE_SECONDS
-        # Requests that were given up leave the engine a little later, and hold their blocks until then.
-        while not await self.engine.reset_prefix_cache(forced):
-            if forced:
-                raise RuntimeError("the engine did not give up its prefix cache")
-            await asyncio.sleep(0.1)
-            forced = asyncio.get_running_loop().time() > deadline
-        if hasattr(self.engine, "reset_encoder_cache"):
-            await self.engine.reset_encoder_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ The rest of the package sees only these functions; a test holds them against the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..import_utils import VLLM_MAX_VERSION, VLLM_MIN_VERSION, is_vllm_available
+from ..models.weight_export import WeightInfo
 from .weight_probe import fingerprint, probe_vector
 
 if TYPE_CHECKING:
@@ -250,6 +252,103 @@ def process_settings_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(device_states)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A server's engine, and the trainer's side of NCCL
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CACHE_SECONDS = 5.0
+
+
+def served_facts(engine: Any, args: Any) -> dict[str, Any]:
+    """
+    What a server's engine says of itself, as plain JSON.
+
+    Args:
+        engine: vLLM's engine client.
+        args: of the command line.
+    """
+    import vllm
+
+    model = engine.vllm_config.model_config
+    served = getattr(args, "served_model_name", None)
+    return {
+        "vllm_version": vllm.__version__,
+        "model": served[0] if served else model.model,
+        "max_model_len": model.max_model_len,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+        "vocab_size": model.get_vocab_size(),
+        "world_size": worker_count(engine),
+    }
+
+
+def worker_count(engine: Any) -> int:
+    """Number of workers of a server's engine, over all its copies."""
+    parallel = engine.vllm_config.parallel_config
+    return int(getattr(parallel, "world_size_across_dp", parallel.world_size))
+
+
+def takes_nccl(engine: Any) -> bool:
+    """Whether a server was started to take weights over NCCL."""
+    transfer = getattr(engine.vllm_config, "weight_transfer_config", None)
+    return getattr(transfer, "backend", None) == "nccl"
+
+
+async def reset_served_caches(engine: Any, has_running_requests: bool) -> None:
+    """
+    As `reset_caches`, for a server's engine.
+
+    Args:
+        engine: vLLM's engine client.
+        has_running_requests: whether a paused engine holds requests; they begin anew with the new weights.
+    """
+    # Where there are several engines, what is answered is the first one's word only, so nothing is left to their state.
+    forced = has_running_requests or engine.vllm_config.parallel_config.data_parallel_size > 1
+    deadline = asyncio.get_running_loop().time() + _CACHE_SECONDS
+    # Requests that were given up leave the engine a little later, and hold their blocks until then.
+    while not await engine.reset_prefix_cache(forced):
+        if forced:
+            raise RuntimeError("the engine did not give up its prefix cache")
+        await asyncio.sleep(0.1)
+        forced = asyncio.get_running_loop().time() > deadline
+    if hasattr(engine, "reset_encoder_cache"):
+        await engine.reset_encoder_cache()
+
+
+def make_nccl_sender(address: str, port: int, world_size: int, client: Any, source: Any) -> Any:
+    """
+    vLLM's own trainer side of weights over NCCL; joins the group.
+
+    Args:
+        address: of this process, as the server's workers see it.
+        port: a free one there.
+        world_size: the server's workers and this process.
+        client: makes the four calls of a weight update.
+        source: names and tensors.
+
+    Raises:
+        ImportError: vLLM is not installed here, or has no such engine.
+    """
+    try:
+        from vllm.distributed.weight_transfer import nccl_engine
+    except ImportError as error:
+        raise ImportError(
+            "Pushing weights over NCCL needs vLLM in the trainer's environment, in the server's version: "
+            "`pip install trl[vllm]`."
+        ) from error
+    init = nccl_engine.NCCLTrainerInitInfo(
+        rank=0, master_address=address, master_port=port, world_size=world_size, packed=True
+    )
+    return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(init, client=client, source=source)
+
+
+def nccl_metadata(manifest: Iterable[WeightInfo]) -> list[Any]:
+    """What vLLM's trainer side asks a source for: names, dtypes and shapes."""
+    from vllm.distributed.weight_transfer.base import ParamMeta
+
+    return [ParamMeta(weight.name, getattr(torch, weight.dtype), tuple(weight.shape)) for weight in manifest]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

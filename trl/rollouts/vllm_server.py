@@ -23,6 +23,8 @@ import asyncio
 import os
 from typing import Any
 
+from .. import __version__
+from . import vllm_adapter
 from .nccl_routes import NCCL_PATHS, NcclRoutes
 from .served_weights import ServedWeights, expected_weights
 from .server_access import (
@@ -130,7 +132,7 @@ class RolloutServer:
         self._rules = AccessRules(keys)
         self._limits = ServerLimits.from_environment()
         self._weights = ServedWeights(self._engine, self._limits)
-        self._nccl = NcclRoutes(app, self._weights) if _has_nccl(self._engine) else None
+        self._nccl = NcclRoutes(app, self._weights) if vllm_adapter.takes_nccl(self._engine) else None
         self._staging = WeightStaging(self._limits.staging_folder)
         self._committed: tuple[str, str] | None = None
         self._expected: dict[str, ExpectedWeight] | None = None
@@ -196,7 +198,7 @@ class RolloutServer:
                 return 200, await self._commit(token)
             # Two of vLLM's, which it has in its development mode only.
             case "GET", "get_world_size":
-                return 200, {"world_size": _world_size(self._engine)}
+                return 200, {"world_size": vllm_adapter.worker_count(self._engine)}
             case "POST", "reset_prefix_cache":
                 return 200, {"success": bool(await self._engine.reset_prefix_cache())}
         raise RequestError(404, f"This rollout server has no {method[:20]} {path[:200]}.", "not_found")
@@ -237,7 +239,8 @@ class RolloutServer:
             "healthy_weights": self._weights.are_whole,
             "transports": ["nccl", "http"] if self._nccl is not None else ["http"],
             "max_body_bytes": self._limits.body_bytes,
-            **_engine_facts(self._engine, self._args),
+            "trl_version": __version__,
+            **vllm_adapter.served_facts(self._engine, self._args),
         }
 
     async def _begin(self, body: RequestBody) -> dict[str, Any]:
@@ -372,37 +375,3 @@ def _route_path(scope: Scope) -> str:
     """The path as routes are matched with it: without where a proxy has put the server."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What vLLM's engine says of itself
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _engine_facts(engine: Any, args: Any) -> dict[str, Any]:
-    import vllm
-
-    from .. import __version__
-
-    model = engine.vllm_config.model_config
-    served = getattr(args, "served_model_name", None)
-    return {
-        "vllm_version": vllm.__version__,
-        "trl_version": __version__,
-        "model": served[0] if served else model.model,
-        "max_model_len": model.max_model_len,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
-        "vocab_size": model.get_vocab_size(),
-        "world_size": _world_size(engine),
-    }
-
-
-def _world_size(engine: Any) -> int:
-    parallel = engine.vllm_config.parallel_config
-    return int(getattr(parallel, "world_size_across_dp", parallel.world_size))
-
-
-def _has_nccl(engine: Any) -> bool:
-    transfer = getattr(engine.vllm_config, "weight_transfer_config", None)
-    return getattr(transfer, "backend", None) == "nccl"

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..models.weight_export import WeightInfo
+from .vllm_adapter import make_nccl_sender, nccl_metadata
 from .vllm_http import BUSY, ServerConnection, ServerError, ServerLost, is_loopback
 
 PROTOCOL = 1
@@ -312,24 +313,13 @@ class NcclTransport:
         Raises:
             ImportError: vLLM is not installed here, or has no such engine.
         """
-        try:
-            from vllm.distributed.weight_transfer import nccl_engine
-        except ImportError as error:
-            raise ImportError(
-                "Pushing weights over NCCL needs vLLM in the trainer's environment, in the server's version: "
-                "`pip install trl[vllm]`."
-            ) from error
         with torch.cuda.device(self.device):
-            self._engine = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
-                nccl_engine.NCCLTrainerInitInfo(
-                    rank=0,
-                    master_address=_own_address(self.connection.url),
-                    master_port=self.group_port,
-                    world_size=self.info.world_size + 1,
-                    packed=True,
-                ),
-                client=_WeightRoutes(self.connection),
-                source=self._source,
+            self._engine = make_nccl_sender(
+                _own_address(self.connection.url),
+                self.group_port,
+                self.info.world_size + 1,
+                _WeightRoutes(self.connection),
+                self._source,
             )
 
     def push(self, manifest: list[WeightInfo], weights: Weights) -> str | None:
@@ -405,9 +395,7 @@ class _Source:
         self.weights: Weights = ()
 
     def metadata(self) -> list[Any]:
-        from vllm.distributed.weight_transfer.base import ParamMeta
-
-        return [ParamMeta(weight.name, getattr(torch, weight.dtype), tuple(weight.shape)) for weight in self.manifest]
+        return nccl_metadata(self.manifest)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.weights:
