@@ -310,13 +310,8 @@ def server(tmp_path_factory, _tokenizer):
     folder = tmp_path_factory.mktemp("vllm-server")
     build_model(**SHAPE, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(folder / "model")
     _tokenizer.save_pretrained(folder / "model")
-    process = ServerProcess(str(folder / "model"), folder, "--max-num-seqs", "8")
-    process.start()
-    try:
-        process.wait()
+    with ServerProcess(str(folder / "model"), folder, "--max-num-seqs", "8") as process:
         yield process
-    finally:
-        process.kill()
 
 
 @pytest.fixture

@@ -35,13 +35,8 @@ from .server_fuzz import Fuzzer
 def server(tmp_path_factory):
     """With a tied head and a key."""
     folder = tmp_path_factory.mktemp("server")
-    server = RolloutServer(save_served_model(folder / "model"), folder)
-    try:
-        server.start()
-        server.wait()
+    with RolloutServer(save_served_model(folder / "model"), folder) as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture
@@ -427,12 +422,8 @@ def untied_server(tmp_path_factory):
     left.mkdir()
     (left / "lock").touch()
     (left / "000000.safetensors").write_bytes(bytes(1000))
-    try:
-        server.start()
-        server.wait()
+    with server:
         yield server
-    finally:
-        server.kill()
 
 
 def test_updates_of_an_untied_head(untied_server):

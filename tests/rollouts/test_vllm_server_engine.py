@@ -421,13 +421,8 @@ def server(tmp_path_factory, _tokenizer):
     model = build_model(**SHAPE, tie_word_embeddings=True, eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(folder / "model")
     _tokenizer.save_pretrained(folder / "model")
-    process = ServerProcess(str(folder / "model"), folder)
-    process.start()
-    try:
-        process.wait()
+    with ServerProcess(str(folder / "model"), folder) as process:
         yield process
-    finally:
-        process.kill()
 
 
 @pytest.fixture

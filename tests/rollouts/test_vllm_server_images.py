@@ -48,13 +48,8 @@ def server(tmp_path_factory, model, processor):
     folder = tmp_path_factory.mktemp("vllm-server")
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    process = ServerProcess(str(folder / "model"), folder, "--model-impl", "transformers")
-    process.start()
-    try:
-        process.wait()
+    with ServerProcess(str(folder / "model"), folder, "--model-impl", "transformers") as process:
         yield process
-    finally:
-        process.kill()
 
 
 def test_log_probs_of_prompts_with_images_agree_after_updates(server, model, processor, monkeypatch):

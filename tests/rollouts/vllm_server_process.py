@@ -1,4 +1,4 @@
-"""`trl vllm-serve` as a process of its own, for tests with the real server."""
+"""`trl vllm-serve` as a process of its own, for tests with the real server; up within a `with` block."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class ServerProcess:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self):
+        try:
+            self.start()
+            self.wait()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.kill()
 
     def start(self) -> None:
         environment = {

@@ -23,13 +23,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     build_policy(tie_word_embeddings=True).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
-    process = ServerProcess(str(folder / "model"), folder)
-    process.start()
-    try:
-        process.wait()
+    with ServerProcess(str(folder / "model"), folder) as process:
         yield process
-    finally:
-        process.kill()
 
 
 @pytest.fixture
