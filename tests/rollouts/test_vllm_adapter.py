@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from tests.conftest import build_model, build_tokenizer
 from trl import import_utils
-from trl.models.weight_export import iter_weights
+from trl.models.weight_export import WeightInfo, iter_weights
 from trl.rollouts import vllm_adapter as adapter
 
 IDS = list(range(5, 40))
@@ -119,6 +119,34 @@ def test_functions_at_the_end_of_an_engine():
     assert callable(parallel_state.cleanup_dist_env_and_memory)
     assert callable(parallel_state.get_tensor_model_parallel_world_size)
     assert callable(EngineCoreClient.shutdown)
+
+
+def test_the_trainers_side_of_nccl():
+    """Only its surface: a group needs GPUs."""
+    pytest.importorskip("vllm")
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    fields = {field.name for field in dataclasses.fields(nccl_engine.NCCLTrainerInitInfo)}
+    assert {"rank", "master_address", "master_port", "world_size", "packed"} <= fields
+    engine = nccl_engine.NCCLTrainerWeightTransferEngine
+    assert {"init_info", "client", "source"} <= parameters_of(engine.trainer_init)
+    assert callable(engine.send_weights)
+    assert callable(engine.shutdown)
+    [meta] = adapter.nccl_metadata([WeightInfo("head", "bfloat16", (2, 3))])
+    assert (meta.name, meta.dtype, tuple(meta.shape)) == ("head", torch.bfloat16, (2, 3))
+
+
+def test_what_a_server_is_asked():
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "worker_extension_cls" in {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert "middleware" in {field.name for field in dataclasses.fields(FrontendArgs)}
+    assert {"method", "args"} <= parameters_of(AsyncLLM.collective_rpc)
+    assert "reset_running_requests" in parameters_of(AsyncLLM.reset_prefix_cache)
+    assert callable(AsyncLLM.reset_encoder_cache)
 
 
 def test_names_of_layers():

@@ -195,7 +195,7 @@ class VLLMGeneration:
         if self.mode != "server":
             raise AttributeError('With `vllm_mode="colocate"` there is no vLLM server: use `llm`.')
         if self._client is None:
-            self._client = VLLMClient(self.engine._servers[0].url, connection_timeout=self.engine.timeout)
+            self._client = VLLMClient(self.engine.urls[0], connection_timeout=self.engine.timeout)
         return self._client
 
     def sync_weights(self) -> None:

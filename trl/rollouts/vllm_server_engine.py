@@ -108,6 +108,11 @@ class VLLMServerEngine:
         ]
         self.max_model_length = self._on_main(lambda: self._connect(max_model_length))
 
+    @property
+    def urls(self) -> list[str]:
+        """The servers' addresses."""
+        return [server.url for server in self._servers]
+
     # ---- RolloutEngine ----
 
     def generate(self, prompts: Sequence[Prompt | Sequence[int]], sampling: SamplingParams) -> list[Rollout]:
