@@ -322,3 +322,21 @@ def test_images_reach_the_engine(tmp_path):
     for batch in batches:
         torch.testing.assert_close(batch["old_logps"], batch["rollout_logps"], atol=1e-4, rtol=0)
     assert max((batch["old_logps"] - batch["swapped"]).abs().max() for batch in batches) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"], ids=["both", "trainer"])
+def test_in_bfloat16_right_weights_pass_the_full_check(tmp_path, dtype):
+    trainer = make_vllm_trainer(
+        tmp_path, max_steps=3, bf16=True, vllm_verify="full", vllm_dtype=dtype, learning_rate=1e-3
+    )
+    trainer.train()
+    assert 1e-5 < max(logged(trainer, DIFFERENCE)) < 0.5
+
+
+def test_an_engine_ends_after_a_script_ended_all_process_groups(tmp_path):
+    trainer = make_vllm_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.accelerator.end_training()
+    assert not torch.distributed.is_initialized()
+    trainer.rollouts.close()
+    make_vllm_trainer(tmp_path, max_steps=1).train()

@@ -208,21 +208,24 @@ def close(engine: LLM, owns_process_group: bool) -> None:
     """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    with contextlib.nullcontext() if owns_process_group else _default_group_kept():
+    with _ended_groups_left_alone(keep_default=not owns_process_group):
         engine.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
-def _default_group_kept() -> Iterator[None]:
-    """An engine that ends destroys the process's default group, whoever made it; in the block its own groups alone."""
+def _ended_groups_left_alone(keep_default: bool) -> Iterator[None]:
+    """
+    An engine that ends destroys its groups, and the process's default group, whoever made it. In the block it does not
+    where the trainer made that, nor where a script has ended all groups before (`accelerator.end_training()`).
+    """
     destroy = torch.distributed.destroy_process_group
 
-    def destroy_others(group: Any = None) -> None:
-        if group is not None:
+    def destroy_own(group: Any = None) -> None:
+        if torch.distributed.is_initialized() and not (group is None and keep_default):
             destroy(group)
 
-    torch.distributed.destroy_process_group = destroy_others
+    torch.distributed.destroy_process_group = destroy_own
     try:
         yield
     finally:

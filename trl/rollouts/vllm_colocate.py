@@ -109,6 +109,7 @@ class VLLMColocateEngine:
         _save_description(inner, processing_class, self._folder.name)
         if accelerator.num_processes > 1:
             _set_launch_environment(accelerator)
+        on_cpu = accelerator.device.type == "cpu"
         with vllm_adapter.process_settings_kept():
             self.llm = vllm_adapter.make_engine(
                 inner,
@@ -122,7 +123,9 @@ class VLLMColocateEngine:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max(4096, max_num_seqs or 0),
                 enable_sleep_mode=self.enable_sleep_mode,
-                enforce_eager=True if accelerator.device.type == "cpu" else None,
+                enforce_eager=True if on_cpu else None,
+                # Prompts share whole blocks; vLLM's for a CPU are longer than most prompts.
+                block_size=32 if on_cpu else None,
                 model_impl=model_impl,
                 logprobs_mode=mode,
                 seed=accelerator.process_index // tensor_parallel_size,

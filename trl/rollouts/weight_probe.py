@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 VerifyLevel = Literal["off", "probe", "full"]
 VERIFY_LEVELS = ("off", "probe", "full")
 
+# Tokens of the longer of the two sequences. Both sides compute the probe after every update, so it is short.
+LONGEST_PROBE = 24
 # Largest mean difference in log-probs, in nats, between two correct computations in a precision. What is measured: 1e-6
 # to 3e-5 in float32 (TF32 matrices on a GPU: up to 1e-3), 0.02 to 0.1 in bfloat16.
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 0.06, torch.bfloat16: 0.4}
@@ -73,10 +75,10 @@ def make_probe(
         longest: most tokens the engine takes.
     """
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    limits = [48, *(limit - 1 for limit in (longest, context_length(model)) if limit)]
+    limits = [LONGEST_PROBE, *(limit - 1 for limit in (longest, context_length(model)) if limit)]
     generator = torch.Generator().manual_seed(0)
     special = set(special_ids)
-    drawn = torch.randint(vocab_size, (4 * 48,), generator=generator).tolist()
+    drawn = torch.randint(vocab_size, (4 * LONGEST_PROBE,), generator=generator).tolist()
     ids = [token for token in drawn if token not in special]
     length = min(limits)
     sequences = (tuple(ids[:length]), tuple(ids[length : length + max(2, length // 2)]))
@@ -177,8 +179,12 @@ def difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence[flo
 
 
 def probe_vector(size: int) -> Tensor:
-    """A fixed vector that a matrix is applied to, float32."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(size)) / math.sqrt(size)
+    """
+    A fixed vector that a matrix is applied to, float32. Its values are the same in bfloat16: what rounding the vector
+    takes from one product it takes from all rows alike, and their sum would tell nothing of the weights.
+    """
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(size)) / math.sqrt(size)
+    return vector.bfloat16().float()
 
 
 def fingerprint(output: Tensor) -> tuple[float, float]:
