@@ -215,7 +215,7 @@ def test_vllm_server(tmp_path, monkeypatch, vllm_model, capsys):
 
 STAND_INS = {
     "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
-    "curl": 'echo "curl $*" >> "$CALLS"; [ -e "$CALLS.up" ] || { touch "$CALLS.up"; exit 22; }',
+    "curl": 'echo "curl $*" >> "$CALLS"; [ -e "$CALLS.up" ] && [ -z "$SERVER_ENDS" ] || { touch "$CALLS.up"; exit 22; }',
     "sleep": "exec /bin/sleep 0.05",
     "accelerate": 'echo "accelerate $VLLM_API_KEY $*" >> "$CALLS"; exit ${TRAINING_ENDS:-0}',
     "trl": 'echo "trl $VLLM_API_KEY $*" >> "$CALLS"; trap "echo stopped >> $CALLS; exit 0" TERM; '

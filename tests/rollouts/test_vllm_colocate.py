@@ -560,7 +560,8 @@ def test_completions_match_the_regular_expression(regex):
 
 
 def test_an_engine_after_another(engines):
-    """Building one leaves generators and threads alone; a dropped one ends itself, and the next one is right."""
+    """Building one leaves generators and threads alone; a dropped one is ended before the next, and the next one is right."""
+    engines("tied")  # what is imported with the first one may keep frames of it, in exceptions for missing modules
     engines(None)
     model, tokenizer = make_model(True), build_tokenizer()
     random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
@@ -569,14 +570,15 @@ def test_an_engine_after_another(engines):
     after = random.getstate(), repr(numpy.random.get_state()), torch.random.get_rng_state(), torch.get_num_threads()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2]) and before[3] == after[3]
     dropped.update_weights(model)
-    alive, end = weakref.ref(dropped), dropped._end
+    alive = weakref.ref(dropped)
     del dropped
     gc.collect()
     assert alive() is None
-    assert not end.alive
+    assert len(vllm_colocate._abandoned) == 1  # vLLM's part waits for a safe moment
 
     other = make_model(True, seed=1)
     engine = make_engine(other, tokenizer, max_num_seqs=4)
+    assert not vllm_colocate._abandoned
     try:
         engine.update_weights(other)
         assert largest_difference(other, engine.generate(PROMPTS, SAMPLING)) < TOLERANCE

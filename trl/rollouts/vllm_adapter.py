@@ -12,6 +12,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,13 +61,27 @@ def make_engine(trained: nn.Module, /, **settings: Any) -> LLM:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # On a CPU it would bind this process's threads, the trainer's too, to single cores.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from vllm import LLM
-
+    LLM = _load_vllm()
     with _classes_kept(trained) as move_changes:
         engine = LLM(**{name: value for name, value in settings.items() if value is not None})
         engine.apply_model(move_changes)
     gc.unfreeze()  # vLLM puts all that exists out of the collector's sight, trainers that are dropped later included
     return engine
+
+
+def _load_vllm() -> type[LLM]:
+    """
+    Import vLLM's engine, in a thread of its own: modules that are missing leave exceptions behind that keep the frames of whoever
+    imported them, a trainer and its model among these.
+    """
+
+    def load() -> type[LLM]:
+        from vllm import LLM
+
+        return LLM
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(load).result()
 
 
 @contextlib.contextmanager

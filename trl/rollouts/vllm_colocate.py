@@ -9,6 +9,7 @@ so that a resumed run samples what it would have sampled.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import os
@@ -87,6 +88,7 @@ class VLLMColocateEngine:
         trust_remote_code: bool = False,
     ):
         vllm_adapter.require_vllm()
+        _end_abandoned()
         self.model = model
         self.accelerator = accelerator
         self.pad_token_id = pad_token_id
@@ -133,9 +135,9 @@ class VLLMColocateEngine:
             )
         if not was_initialized:
             logging.getLogger("transformers.training_args").addFilter(_is_not_about_the_process_group)
-        self._end = weakref.finalize(
-            self, _end_engine, self.llm, not was_initialized, self._folder
-        )  # at the latest when the process ends
+        _open_engines.add(self)
+        self._end = weakref.finalize(self, _abandoned.append, (self.llm, not was_initialized))
+        self._end.atexit = False
         self._scale, self._tells_logps = self._prepare_logps(sampling, mode)
         special = [] if self._image_token_id is None else [self._image_token_id]
         self._probe = make_probe(
@@ -198,8 +200,12 @@ class VLLMColocateEngine:
 
     def close(self) -> None:
         """End the engine."""
-        self._end()
-        self.llm = None
+        if self.llm is not None:
+            _open_engines.discard(self)
+            _, _, (ended,), _ = self._end.detach()
+            vllm_adapter.close(*ended)
+            self.llm = None
+            self._folder.cleanup()
 
     # ---- Weights ----
 
@@ -366,9 +372,22 @@ class VLLMColocateEngine:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _end_engine(llm: Any, owns_process_group: bool, folder: tempfile.TemporaryDirectory) -> None:
-    vllm_adapter.close(llm, owns_process_group)
-    folder.cleanup()
+_open_engines: weakref.WeakSet[VLLMColocateEngine] = weakref.WeakSet()
+# vLLM's part of engines that were dropped with their trainers, and whether vLLM made the process group. They are not ended
+# in a destructor, which may run anywhere, in the middle of a collective operation too.
+_abandoned: list[tuple[Any, bool]] = []
+
+
+def _end_abandoned() -> None:
+    while _abandoned and not _open_engines:  # ending one takes the groups of all
+        vllm_adapter.close(*_abandoned.pop())
+
+
+@atexit.register
+def _end_all() -> None:
+    for engine in list(_open_engines):
+        engine.close()
+    _end_abandoned()
 
 
 def _is_not_about_the_process_group(record: logging.LogRecord) -> bool:
