@@ -51,6 +51,7 @@ class FakeVLLM:
         self.lock = threading.Lock()
         self._http = None
         self.port = 0
+        self.is_down = False
 
     # ---- Life ----
 
@@ -85,8 +86,10 @@ class FakeVLLM:
             self.stop()
             wait(seconds)
             self.instance, self.updates, self.owner, self.weights = "second", 0, None, {}
+            self.is_down = False
             self.start()
 
+        self.is_down = True  # at once, whenever the thread gets its turn
         threading.Thread(target=restart, daemon=True).start()
 
     @property
@@ -201,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, fake: FakeVLLM, path: str, body: bytes, failure) -> None:
         if callable(failure):
             failure = failure()
-        if failure == "reset":
+        if failure == "reset" or fake.is_down:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True

@@ -338,5 +338,9 @@ def test_an_engine_ends_after_a_script_ended_all_process_groups(tmp_path):
     trainer.train()
     trainer.accelerator.end_training()
     assert not torch.distributed.is_initialized()
+    another = make_vllm_trainer(tmp_path, max_steps=1)  # while the first one is there
+    another.train()
+    another.accelerator.end_training()
+    another.rollouts.close()
     trainer.rollouts.close()
     make_vllm_trainer(tmp_path, max_steps=1).train()

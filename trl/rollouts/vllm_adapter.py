@@ -62,6 +62,7 @@ def make_engine(trained: nn.Module, /, **settings: Any) -> LLM:
     # On a CPU it would bind this process's threads, the trainer's too, to single cores.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     LLM = _load_vllm()
+    _forget_ended_world()
     with _classes_kept(trained) as move_changes:
         engine = LLM(**{name: value for name, value in settings.items() if value is not None})
         engine.apply_model(move_changes)
@@ -82,6 +83,19 @@ def _load_vllm() -> type[LLM]:
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(load).result()
+
+
+def _forget_ended_world() -> None:
+    """Have vLLM make groups anew where those of an engine before were ended with all others of the process."""
+    from vllm.distributed import parallel_state
+
+    try:
+        torch.distributed.get_process_group_ranks(parallel_state.get_world_group().cpu_group)
+    except AssertionError:
+        return  # it has none
+    except (ValueError, KeyError):
+        with _ended_groups_left_alone(keep_default=True):
+            parallel_state.cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
@@ -238,7 +252,8 @@ def _ended_groups_left_alone(keep_default: bool) -> Iterator[None]:
 
     def destroy_own(group: Any = None) -> None:
         if torch.distributed.is_initialized() and not (group is None and keep_default):
-            destroy(group)
+            with contextlib.suppress(ValueError):  # one of a world that has ended, and another has begun
+                destroy(group)
 
     torch.distributed.destroy_process_group = destroy_own
     try:
