@@ -79,6 +79,11 @@ class FakeVLLM:
             self._http.server_close()
             self._http = None
 
+    def go_away(self) -> None:
+        """Answer nothing more from now on. May be called while answering."""
+        self.is_down = True
+        threading.Thread(target=self.stop, daemon=True).start()
+
     def restart_after(self, seconds: float) -> None:
         """Go away now, and come back as another instance with the weights from disk."""
 

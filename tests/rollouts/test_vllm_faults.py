@@ -174,7 +174,7 @@ def test_answers_of_other_weights_are_not_taken(fake, engine, monkeypatch):
 
 def test_a_server_that_does_not_come_back_is_named(fake):
     engine = make_engine(fake.url, timeout=1.0)
-    fake.fail("/v1/completions", lambda: threading.Thread(target=fake.stop).start() or "reset")
+    fake.fail("/v1/completions", lambda: fake.go_away() or "reset")
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=rf"{fake.url} within 1 s .*vllm_server_timeout"):
         engine.generate(PROMPTS, SAMPLING)
