@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -32,11 +33,9 @@ from ..models.weight_export import base_model_of, has_tied_head, iter_weights
 from . import vllm_adapter
 from .transformers_engine import context_length, cut_after_eos, room_for_completion
 from .types import Prompt, Rollout, SamplingParams, as_prompts, is_truncated
-from .vllm_sampling import draw_seed, logps_mode, request_seeds, request_settings, shaping_settings
+from .vllm_sampling import draw_seed, is_greedy, logps_mode, request_seeds, request_settings, shaping_settings
 from .weight_probe import VerifyLevel, make_probe, verify_weights
 
-# Below it, vLLM takes the most probable token.
-SMALLEST_TEMPERATURE = 1e-5
 WHERE = "The vLLM engine in this process"
 
 
@@ -190,7 +189,7 @@ class VLLMColocateEngine:
         """Give the engine's memory back, if it was told to. Its weights are lost until `wake` loads them."""
         if self.enable_sleep_mode and not self._is_asleep:
             vllm_adapter.sleep(self.llm)
-            torch.cuda.empty_cache() if torch.cuda.is_available() else None
+            clear_device_cache()
             self._is_asleep = True
 
     def wake(self) -> None:
@@ -274,8 +273,7 @@ class VLLMColocateEngine:
             settings = self._request(sampling, room_for_completion(len(prompt.ids), sampling, self.max_model_length))
             settings["temperature"] = settings["temperature"] * self._scale
             # vLLM refuses several greedy completions, which would all be the same.
-            is_greedy = settings["temperature"] < SMALLEST_TEMPERATURE
-            settings.update(n=1 if is_greedy else len(run) * sampling.n, seed=own_seed)
+            settings.update(n=1 if is_greedy(settings) else len(run) * sampling.n, seed=own_seed)
             requests.append((self._prompt(prompt), settings))
         return requests
 

@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..models.weight_export import WeightInfo
-from .vllm_colocate import SMALLEST_TEMPERATURE
 from .vllm_http import BROKEN_WEIGHTS, Answer, ServerConnection, ServerError, ServerLost
-from .vllm_sampling import request_seeds
+from .vllm_sampling import is_greedy, request_seeds
 from .vllm_transport import (
     ServerInfo,
     Transport,
@@ -130,11 +129,6 @@ def _most_tokens(prompt_length: int, wanted: int | None, max_model_length: int |
             "with a larger --max-model-len."
         )
     return room if wanted is None else min(wanted, room)
-
-
-def is_greedy(settings: dict[str, Any]) -> bool:
-    """Whether the most probable token is taken each time."""
-    return settings["temperature"] < SMALLEST_TEMPERATURE
 
 
 # ---------------------------------------------------------------------------------------------------------------------

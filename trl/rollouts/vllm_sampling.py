@@ -20,6 +20,8 @@ from .types import SamplingParams
 
 LogpsMode = Literal["processed_logprobs", "raw_logprobs"]
 
+# Below it, vLLM takes the most probable token.
+SMALLEST_TEMPERATURE = 1e-5
 LEAST_BIAS = -100.0
 """What vLLM takes as the least that is added to a logit."""
 
@@ -91,6 +93,11 @@ def shaping_settings(settings: Mapping[str, Any]) -> list[str]:
 def logps_mode(settings: Mapping[str, Any]) -> LogpsMode:
     """Which of vLLM's log-probs are those of the whole vocabulary at the settings' temperature (raw ones: at 1)."""
     return "raw_logprobs" if shaping_settings(settings) else "processed_logprobs"
+
+
+def is_greedy(settings: Mapping[str, Any]) -> bool:
+    """Whether the most probable token is taken each time: several completions of a prompt are one then."""
+    return settings["temperature"] < SMALLEST_TEMPERATURE
 
 
 def draw_seed() -> int:

@@ -28,8 +28,8 @@ from .types import Prompt, Rollout, SamplingParams, as_prompts, is_truncated
 from .vllm_adapter import TESTED_VERSIONS
 from .vllm_colocate import compute_dtype
 from .vllm_http import ServerError, ServerLost, in_parallel, server_url
-from .vllm_requests import CompletionRequest, Server, StaleWeights, is_greedy, plan_requests
-from .vllm_sampling import LEAST_BIAS, draw_seed, logps_mode, request_settings
+from .vllm_requests import CompletionRequest, Server, StaleWeights, plan_requests
+from .vllm_sampling import LEAST_BIAS, draw_seed, is_greedy, logps_mode, request_settings
 from .vllm_transport import new_owner
 from .weight_probe import VERIFY_LEVELS, VerifyLevel, make_probe, verify_weights
 
